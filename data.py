@@ -1,0 +1,502 @@
+"""From NIfTI files to training patches: find the cases -> preprocess once into a memory-mapped cache -> folds -> patches.
+
+    find_petct / find_brain     a folder in AutoPET or MSD Task01 layout -> [Case]
+    build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase], each a few memory-mapped arrays
+    make_folds / read_splits    folds by patient, stratified by "has a tumour"; or the user's own in nnU-Net's form
+    PatchDataset                positive / negative patches, padded where a volume is smaller, augmented
+    corrupt_ct                  the self-supervision: noise or voxel shuffling on the input's CT
+
+Two conventions. Arrays are in nibabel's order, (D, H, W) = the volume's first, second, third axis. Randomness is a pure function of
+(seed, position in the run): the same patch comes out whatever the number of workers, before and after a resume.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.processing import resample_from_to
+from scipy import ndimage
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import kernels
+
+
+class UserError(ValueError):
+    """Something the user can mend: bad files, folders or options. Programs print it as one line and exit with 2."""
+
+
+# ------------------------------------------------------------------------------------------------------ files -> cases
+@dataclass(frozen=True)
+class Case:
+    """One study on disk. `images`: petct (CT, PET) files; brain (one file of four channels,)."""
+
+    name: str
+    patient: str
+    images: tuple[Path, ...]
+    label: Path
+    channels: tuple[int, ...] = ()  # brain: which channels are T2w and FLAIR
+    roles: tuple[tuple[int, str], ...] = ()  # brain: label code -> "edema" | "core"
+
+
+def find_petct(root) -> list[Case]:
+    """Studies in AutoPET layout: SUV.nii.gz with CTres.nii.gz and SEG.nii.gz beside it, at any depth below root.
+
+    The patient of PATIENT/STUDY/SUV.nii.gz is PATIENT; a study right below root is a patient of its own. A case's name is its
+    path below root, with "__" for "/". Raises UserError where there are none or a file is missing.
+    """
+    root = Path(root)
+    cases = []
+    for suv in sorted(root.rglob("SUV.nii.gz")):
+        folder = suv.parent
+        ct, seg = folder / "CTres.nii.gz", folder / "SEG.nii.gz"
+        for path in (ct, seg):
+            if not path.exists():
+                raise UserError(f"{path}: missing, though {suv.name} lies beside it; a study needs SUV, CTres and SEG")
+        parts = folder.relative_to(root).parts or (root.resolve().name,)
+        patient = "__".join(parts[:-1] or parts)
+        cases.append(Case("__".join(parts), patient, (ct, suv), seg))
+    if not cases:
+        raise UserError(f"{root}: no SUV.nii.gz at any depth; expected AutoPET's layout, PATIENT/STUDY/SUV.nii.gz")
+    return cases
+
+
+def find_brain(root) -> list[Case]:
+    """Cases in MSD Task01 layout: root/dataset.json with "training": [{"image", "label"}], images of four channels.
+
+    Channels and label codes are read from dataset.json's own names; without names they are MSD's (FLAIR, T1w, T1gd, T2w; 1 edema,
+    2 and 3 core), or BraTS's (1 and 4 core, 2 edema) if a code 4 occurs. Raises UserError.
+    """
+    path = Path(root) / "dataset.json"
+    try:
+        meta = json.loads(path.read_text())
+        entries = [(path.parent / e["image"], path.parent / e["label"]) for e in meta["training"]]
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; expected the Medical Segmentation Decathlon's layout") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise UserError(f'{path}: not a dataset.json with "training": [{{"image": ..., "label": ...}}] ({e!r})') from None
+    if not entries:
+        raise UserError(f'{path}: "training" lists no cases')
+    names = {str(v).lower(): int(k) for k, v in meta.get("modality", {}).items()}
+    channels = (names.get("t2w", names.get("t2", 3)), names.get("flair", 0))
+    roles = tuple(
+        (int(code), "edema" if "edema" in str(name).lower() else "core")
+        for code, name in meta.get("labels", {}).items()
+        if int(code) and any(word in str(name).lower() for word in ("edema", "tumo", "core", "enhanc", "necro"))
+    )
+    roles = roles if "edema" in dict(roles).values() else ()
+    stem = {image: image.name.split(".nii")[0] for image, _ in entries}
+    return [Case(stem[image], stem[image], (image,), label, channels, roles) for image, label in entries]
+
+
+# ------------------------------------------------------------------------------------------------------- preprocessing
+@dataclass(frozen=True)
+class Recipe:
+    """How a volume becomes a network's input. Defaults: the paper's AutoPET recipe; `BRAIN_RECIPE` is the brain's."""
+
+    kind: str = "petct"  # "petct" | "brain"
+    spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)  # mm
+    orientation: str = "LAS"
+    ct_window: tuple[float, float] = (-100.0, 250.0)  # HU -> [0, 1]
+    suv_window: tuple[float, float] = (0.0, 15.0)  # SUV -> [0, 1]
+
+
+BRAIN_RECIPE = Recipe(kind="brain", spacing=(1.0, 1.0, 1.0), orientation="RAS")
+
+
+def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
+    """Load an image whole, as float32. Raises UserError for missing or broken files, wrong dimensions, NaN or infinity."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        image = nib.load(path)
+        data = image.get_fdata(dtype=np.float32)
+    except Exception as e:  # nibabel, zlib and gzip each have errors of their own for a broken file
+        raise UserError(f"{path}: not a readable NIfTI file, perhaps cut short: {str(e).splitlines()[0]}") from None
+    if data.ndim != ndim:
+        raise UserError(f"{path}: expected {ndim} dimensions, found shape {data.shape}")
+    if not np.isfinite(data).all():
+        raise UserError(f"{path}: {int((~np.isfinite(data)).sum())} voxels are NaN or infinite")
+    return nib.Nifti1Image(data, image.affine)
+
+
+def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
+    """Raise UserError unless both images have the same voxels (3D shape, and affine to 0.01 mm)."""
+    if a.shape[:3] != b.shape[:3] or not np.allclose(a.affine, b.affine, atol=1e-2):
+        raise UserError(f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}: not on one grid; resample one to the other first")
+
+
+def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Image:
+    """Turn the axes to `orientation`, then resample trilinearly to `spacing` (mm); an oblique image stays oblique.
+
+    The new voxels cover the same field of view: their outer faces, not their centres, are aligned. A spacing that is equal to 0.1 %
+    is left as it is.
+    """
+    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(orientation))
+    image = image.as_reoriented(turn)
+    old = np.array(nib.affines.voxel_sizes(image.affine))
+    if np.allclose(old, spacing, rtol=1e-3):
+        return image
+    shape = np.maximum(1, np.round(np.array(image.shape) * old / spacing)).astype(int)
+    step = np.asarray(spacing) / old  # new voxels in units of old ones
+    first = (np.array(image.shape) - 1) / 2 - step * (shape - 1) / 2  # both grids share their centre
+    affine = image.affine @ nib.affines.from_matvec(np.diag(step), first)
+    return resample_from_to(image, (tuple(int(s) for s in shape), affine), order=1, mode="nearest")
+
+
+def _window(data: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.clip((data - low) / (high - low), 0, 1)
+
+
+def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """The network's input, (2, D, H, W) float32 on the recipe's grid before the crop, and an image that holds that grid."""
+    if recipe.kind == "brain":
+        image = read_nifti(case.images[0], ndim=4)
+        if image.shape[3] <= max(case.channels):
+            raise UserError(f"{case.images[0]}: {image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}")
+        pair = [to_grid(image.slicer[..., c], recipe.orientation, recipe.spacing) for c in case.channels]
+        data = np.stack([_z_score(p.get_fdata(dtype=np.float32)) for p in pair])
+        return data, pair[0]
+    ct, suv = (read_nifti(path) for path in case.images)
+    same_grid(ct, suv, *case.images)
+    if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
+        raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
+    ct, suv = (to_grid(image, recipe.orientation, recipe.spacing) for image in (ct, suv))
+    data = [_window(ct.get_fdata(dtype=np.float32), *recipe.ct_window), _window(suv.get_fdata(dtype=np.float32), *recipe.suv_window)]
+    return np.stack(data).astype(np.float32), suv
+
+
+def _z_score(data: np.ndarray) -> np.ndarray:
+    """(x - mean) / sd of the non-zero voxels, which are the brain; the rest stays 0."""
+    brain = data != 0
+    values = data[brain] if brain.any() else np.ones(1)
+    return np.where(brain, (data - values.mean()) / max(float(values.std()), 1e-8), 0).astype(np.float32)
+
+
+def read_label(case: Case) -> nib.Nifti1Image:
+    """Labels on the original grid: petct 0/1; brain 0, 1 edema, 2 core, whatever the file's own codes."""
+    image = read_nifti(case.label)
+    data = image.get_fdata(dtype=np.float32)
+    codes = [int(c) for c in np.unique(data) if c]
+    if not case.channels:  # PET/CT
+        if codes not in ([], [1]):
+            raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}")
+        return nib.Nifti1Image(data.astype(np.uint8), image.affine)
+    if not set(codes) <= {1, 2, 3, 4} or {3, 4} <= set(codes):
+        raise UserError(f"{case.label}: expected labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS), found {[0, *codes]}")
+    bare = {1: "core", 2: "edema"} if 4 in codes else {1: "edema", 2: "core", 3: "core"}
+    roles = {4: "core"} | (dict(case.roles) or bare)  # code 4 is the enhancing core wherever it occurs
+    out = np.zeros(data.shape, np.uint8)
+    for code in codes:
+        out[data == code] = 1 if roles.get(code, "core") == "edema" else 2
+    return nib.Nifti1Image(out, image.affine)
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+@dataclass
+class CachedCase:
+    """One preprocessed study. The arrays are memory-mapped: a patch reads its own bytes and no more."""
+
+    name: str
+    patient: str
+    folder: Path
+    tumor: bool  # any foreground in the truth
+    affine: np.ndarray  # (4, 4) of the cached grid
+    case: Case
+    _arrays: dict = field(default_factory=dict, repr=False)
+
+    def __getstate__(self):  # loader workers map the files anew
+        return self.__dict__ | {"_arrays": {}}
+
+    def array(self, name: str) -> np.ndarray:
+        """"image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumour."""
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return self._arrays[name]
+
+
+def _fingerprint(case: Case, recipe: Recipe) -> str:
+    """Changes when the recipe or one of the files does."""
+    files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (*case.images, case.label) if p.exists()]
+    text = json.dumps([asdict(recipe), files, case.channels, case.roles])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def preprocess(case: Case, recipe: Recipe) -> dict:
+    """Read one study and bring it to the network's grid: {"image", "label", "foreground", "affine"}, cropped to the patient.
+
+    The crop is the bounding box of PET > 0 (brain: of any non-zero channel). Labels are resampled as soft masks, the largest wins.
+    """
+    image, grid = load_images(case, recipe)
+    label = read_label(case)
+    same_grid(label, read_header(case.images[-1]), case.label, case.images[-1])
+    data = np.asarray(label.dataobj)
+    soft = [to_grid(nib.Nifti1Image((data == c).astype(np.float32), label.affine), recipe.orientation, recipe.spacing) for c in (1, 2)[: 1 + (recipe.kind == "brain")]]
+    soft = np.stack([s.get_fdata(dtype=np.float32) for s in soft])
+    best = np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
+
+    inside = (image[1] > 0) if recipe.kind == "petct" else (image != 0).any(0)
+    box = ndimage.find_objects(inside.astype(np.uint8))
+    box = box[0] if box else tuple(slice(0, s) for s in inside.shape)
+    corner = nib.affines.from_matvec(np.eye(3), [s.start for s in box])
+    best = best[box]
+    return {
+        "image": image[(slice(None), *box)].astype(np.float16),
+        "label": best,
+        "foreground": np.argwhere(best > 0).astype(np.int16),
+        "affine": grid.affine @ corner,
+    }
+
+
+def read_header(path) -> nib.Nifti1Image:
+    """The image without its voxels, for its grid. Raises UserError where it cannot be read."""
+    try:
+        return nib.load(path)
+    except Exception as e:
+        raise UserError(f"{path}: not a readable NIfTI file: {str(e).splitlines()[0]}") from None
+
+
+def _cache_one(job: tuple[Case, Recipe, Path]) -> None:
+    """Preprocess into a temporary folder, then rename: a cache entry is whole or not there."""
+    case, recipe, folder = job
+    arrays = preprocess(case, recipe)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    for name in ("image", "label", "foreground"):
+        np.save(part / f"{name}.npy", np.ascontiguousarray(arrays[name]))
+    meta = {"affine": arrays["affine"].tolist(), "tumor": bool(len(arrays["foreground"]))}
+    (part / "case.json").write_text(json.dumps(meta))
+    try:
+        part.rename(folder)
+    except OSError:  # another process was faster: its entry is as good
+        shutil.rmtree(part)
+
+
+def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = None) -> list[CachedCase]:
+    """Preprocess every case that the cache does not hold yet; an entry is made anew when its files or the recipe change.
+
+    Args: cache: folder for the entries, about 5 bytes a voxel of the recipe's grid. workers: processes, default one a core.
+    Raises UserError for unreadable data, and for two cases of one name.
+    """
+    cache = Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    if len({c.name for c in cases}) < len(cases):
+        twice = sorted(c.name for c in cases if [d.name for d in cases].count(c.name) > 1)
+        raise UserError(f"case {twice[0]} occurs twice")
+    folders = [cache / f"{c.name}-{_fingerprint(c, recipe)}" for c in cases]
+    jobs = [(c, recipe, f) for c, f in zip(cases, folders) if not (f / "case.json").exists()]
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    bar = {"total": len(jobs), "desc": "preprocessing", "unit": "case", "disable": not jobs}
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            list(tqdm(pool.map(_cache_one, jobs), **bar))
+    else:
+        list(tqdm(map(_cache_one, jobs), **bar))
+    out = []
+    for case, folder in zip(cases, folders):
+        meta = json.loads((folder / "case.json").read_text())
+        out.append(CachedCase(case.name, case.patient, folder, meta["tumor"], np.array(meta["affine"]), case))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------- folds
+def make_folds(cases, k: int = 5, seed: int = 0) -> list[dict[str, list[str]]]:
+    """k folds in nnU-Net's form, [{"train": names, "val": names}]: studies of a patient stay together, and each fold gets its share
+    of the patients with a tumour. Raises UserError for fewer patients than folds."""
+    patients: dict[str, list] = {}
+    for case in cases:
+        patients.setdefault(case.patient, []).append(case)
+    if not 2 <= k <= len(patients):
+        raise UserError(f"{k} folds of {len(patients)} patient(s): the number of folds must lie between 2 and that of the patients")
+    names = sorted(patients)
+    np.random.default_rng([seed, 0xF01D]).shuffle(names)
+    ill_first = sorted(names, key=lambda p: not any(c.tumor for c in patients[p]))  # stable: the shuffle stays within each group
+    fold_of = {patient: i % k for i, patient in enumerate(ill_first)}
+    val = [sorted(c.name for c in cases if fold_of[c.patient] == f) for f in range(k)]
+    return [{"train": sorted(c.name for c in cases if c.name not in set(v)), "val": v} for v in val]
+
+
+def read_splits(path, cases) -> list[dict[str, list[str]]]:
+    """The user's own folds: a JSON list of {"train": [...], "val": [...]}; a name is a case's or a patient's.
+
+    Raises UserError for names the data does not hold and for patients on both sides of a fold.
+    """
+    try:
+        splits = json.loads(Path(path).read_text())
+        splits = [{side: list(fold[side]) for side in ("train", "val")} for fold in splits]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise UserError(f'{path}: expected a JSON list of {{"train": [names], "val": [names]}} ({e!r})') from None
+    of = {c.patient: [d.name for d in cases if d.patient == c.patient] for c in cases} | {c.name: [c.name] for c in cases}
+    patient = {c.name: c.patient for c in cases}
+    for i, fold in enumerate(splits):
+        unknown = [n for side in fold.values() for n in side if n not in of]
+        if unknown:
+            raise UserError(f"{path}: fold {i} names {unknown[:3]}, which the data does not hold (it has {list(patient)[:3]}, ...)")
+        fold |= {side: sorted({name for n in names for name in of[n]}) for side, names in fold.items()}
+        both = {patient[n] for n in fold["train"]} & {patient[n] for n in fold["val"]}
+        if both:
+            raise UserError(f"{path}: fold {i} has {sorted(both)[:3]} in training and validation: scores would be too good")
+        if not fold["train"] or not fold["val"]:
+            raise UserError(f"{path}: fold {i} has an empty side")
+    return splits
+
+
+# ------------------------------------------------------------------------------------------------- patches, augmentation
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities and ranges. The paper's AutoPET recipe is flip 0.5, rotate 0.2, scale 0.2."""
+
+    flip: float = 0.5  # of each axis
+    rotate: float = 0.0  # probability; by up to `degrees` about one axis
+    degrees: float = 30.0
+    scale: float = 0.0  # probability; by a factor within 1 +- `zoom`
+    zoom: float = 0.2
+    intensity: float = 0.0  # probability, each channel; x (1 +- `contrast`) + (+- `contrast`)
+    contrast: float = 0.1
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    """A counter-based generator: its numbers depend on the key alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([k & 0xFFFFFFFF for k in key])))
+
+
+def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
+    """Draw the parameters of one patch. The number of draws is fixed, so switching one part off leaves the others as they are."""
+    u = rng.random(12)
+    angle = np.deg2rad(aug.degrees) * (2 * u[1] - 1) * (u[0] < aug.rotate)
+    c, s = np.cos(angle), np.sin(angle)
+    turn = np.roll([[1, 0, 0], [0, c, -s], [0, s, c]], int(3 * u[2]), axis=(0, 1))  # about a random axis, in mm
+    zoom = 1 + aug.zoom * (2 * u[4] - 1) * (u[3] < aug.scale)
+    active = u[8:10] < aug.intensity
+    v = 2 * rng.random(4) - 1
+    return {
+        "matrix": turn / zoom,  # output offset -> input offset
+        "flip": [axis for axis in range(3) if u[5 + axis] < aug.flip],
+        "gain": 1 + aug.contrast * v[:2] * active,  # (2,) a channel
+        "shift": aug.contrast * v[2:] * active,
+    }
+
+
+def read_region(array: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """array[..., start : start + size] over the last three axes, zeros where that lies outside the volume."""
+    start, size = np.asarray(start), np.asarray(size)
+    low, high = np.maximum(start, 0), np.minimum(start + size, array.shape[-3:])
+    out = np.zeros((*array.shape[:-3], *size), array.dtype)
+    if (high > low).all():
+        here = tuple(slice(a, b) for a, b in zip(low - start, high - start))
+        out[(..., *here)] = array[(..., *(slice(a, b) for a, b in zip(low, high)))]
+    return out
+
+
+def read_patch(case: CachedCase, centre, size, params: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Image (2, *size) float32 and label (*size) uint8 around a centre voxel, augmented as `params` says.
+
+    An unrotated patch stays inside the volume where it fits, and is centred on it where it does not; the rest is 0.
+    """
+    size, shape = np.asarray(size), np.asarray(case.array("label").shape)
+    spacing = nib.affines.voxel_sizes(case.affine)
+    matrix = np.diag(1 / spacing) @ params["matrix"] @ np.diag(spacing)  # in voxels
+    low = np.clip(np.asarray(centre) - size // 2, 0, np.maximum(shape - size, 0)) - np.maximum(size - shape, 0) // 2
+    if np.allclose(matrix, np.eye(3)):
+        image, label = (read_region(case.array(name), low, size) for name in ("image", "label"))
+        image = image.astype(np.float32)
+    else:
+        middle = low + (size - 1) / 2
+        reach = np.abs(matrix) @ ((size - 1) / 2)  # the rotated patch's half extent
+        start = np.floor(middle - reach).astype(int) - 1
+        extent = np.ceil(middle + reach).astype(int) + 2 - start
+        offset = middle - start - matrix @ ((size - 1) / 2)
+        image, label = (read_region(case.array(name), start, extent) for name in ("image", "label"))
+        turn = dict(matrix=matrix, offset=offset, output_shape=tuple(size))
+        image = np.stack([ndimage.affine_transform(c.astype(np.float32), order=1, **turn) for c in image])
+        label = ndimage.affine_transform(label, order=0, **turn)
+    if params["flip"]:
+        image, label = np.flip(image, [1 + a for a in params["flip"]]), np.flip(label, params["flip"])
+    gain, shift = (np.asarray(params[k], np.float32).reshape(2, 1, 1, 1) for k in ("gain", "shift"))
+    return image * gain + shift, np.ascontiguousarray(label)
+
+
+class PatchDataset(Dataset):
+    """An endless-looking list of training patches: item n is a pure function of (cases, options, seed, n).
+
+    Cases are dealt in a fresh random order each round, `per_case` patches in a row from one. A patch is centred on a tumour voxel with
+    probability `positive` (2/3 is the paper's 2:1), else on a voxel that is not tumour; patients without a tumour give the latter.
+
+    Item: dict of "image" (2, D, H, W) float32; "label" (1, D, H, W) int64; "tumor" float32, whether the patch holds any; "key" int64,
+    the seed of its corruption.
+    """
+
+    def __init__(self, cases: list[CachedCase], patch, length: int, seed: int = 0, aug=Augmentation(), positive=2 / 3, per_case=1):
+        self.cases, self.patch, self.length, self.seed = cases, tuple(patch), length, seed
+        self.aug, self.positive, self.per_case = aug, positive, per_case
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        round_, place = divmod(n // self.per_case, len(self.cases))
+        case = self.cases[random_stream(self.seed, 1, round_).permutation(len(self.cases))[place]]
+        rng = random_stream(self.seed, 2, n)
+        centre = self._centre(case, rng)
+        image, label = read_patch(case, centre, self.patch, draw_augmentation(rng, self.aug))
+        return {
+            "image": torch.from_numpy(image),
+            "label": torch.from_numpy(label)[None].long(),
+            "tumor": torch.tensor(float((label > 0).any())),
+            "key": torch.tensor(int(rng.integers(2**62))),
+        }
+
+    def _centre(self, case: CachedCase, rng: np.random.Generator) -> np.ndarray:
+        """A tumour voxel, or one that is none (the last of a few tries where nearly everything is tumour)."""
+        foreground, label = case.array("foreground"), case.array("label")
+        if rng.random() < self.positive and len(foreground):
+            return foreground[rng.integers(len(foreground))]
+        for _ in range(20):
+            centre = rng.integers(0, label.shape)
+            if not label[tuple(centre)]:
+                break
+        return centre
+
+
+def make_targets(batch: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Add what `MirrorLoss` reads: petct "ct", "pet", "seg"; brain "core", "whole", "edema"."""
+    image, label = batch["image"], batch["label"]
+    if kind == "brain":
+        return batch | {"core": (label == 2).long(), "whole": (label > 0).long(), "edema": (label == 1).long()}
+    return batch | {"ct": image[:, 0:1], "pet": image[:, 1:2], "seg": label}
+
+
+def corrupt_ct(image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3) -> Tensor:
+    """A copy of (B, 2, D, H, W) whose channel 0, the CT, is corrupted; PET is untouched, and the caller keeps the clean one.
+
+    how: "none" | "noise", Gaussian of standard deviation sigma | "shuffle", the voxels inside `cubes` random cubes of side `size`
+    (or the patch's side, where that is smaller) are permuted. keys: (B,) integers, the seed of each sample.
+    """
+    if how == "none":
+        return image
+    ct = image[:, 0:1]
+    if how == "noise":
+        streams = [random_stream(3, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
+        noise = np.stack([s.standard_normal(ct.shape[1:], np.float32) for s in streams])
+        ct = ct + sigma * torch.from_numpy(noise).to(ct)
+    elif how == "shuffle":
+        size = min(size, *image.shape[2:])
+        streams = [random_stream(4, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
+        room = np.array(image.shape[2:]) - size + 1
+        corners = torch.from_numpy(np.stack([s.integers(0, room, (cubes, 3)) for s in streams]))
+        ct = kernels.voxel_shuffle(ct, corners, size, keys)
+    else:
+        raise UserError(f"corruption {how!r}: use none, noise or shuffle")
+    return torch.cat([ct, image[:, 1:]], dim=1)

@@ -1,0 +1,84 @@
+"""What a segmentation is worth to a patient: Dice, false-positive and false-negative volume; and patient-level classification.
+
+    Dice = 2 |P n T| / (|P| + |T|)
+    FPV  = volume (ml) of the predicted components that touch no true voxel: lesions that are not there
+    FNV  = volume (ml) of the true components that touch no predicted voxel: lesions that were missed
+
+Components are 18-connected (voxels that share a face or an edge), as in the AutoPET challenge's script, whose values these are.
+"""
+
+import math
+
+import numpy as np
+from scipy import ndimage, stats
+
+_CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)
+
+
+def _untouched_voxels(mask: np.ndarray, other: np.ndarray) -> int:
+    """Voxels of those components of `mask` that `other` does not touch: one labelling pass and one count."""
+    labels, count = ndimage.label(mask, _CONNECTIVITY_18)
+    touched = np.zeros(count + 1, bool)
+    touched[labels[other]] = True
+    touched[0] = True  # the background is no component
+    return int(np.bincount(labels.ravel(), minlength=count + 1)[~touched].sum())
+
+
+def lesion_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, float]:
+    """Dice, FPV and FNV of one case, exactly as the AutoPET challenge's script.
+
+    Args:
+        pred, truth: 3D masks of equal shape (non-zero is tumour).
+        spacing: voxel size in mm, three numbers.
+
+    Returns {"dice", "fpv_ml", "fnv_ml"}. Dice is NaN where both masks are empty; if only the truth is empty it is 0 and FNV is 0
+    (`case_metrics` calls these undefined, as later editions of the challenge do). Raises ValueError for shapes that differ.
+    """
+    pred, truth = np.asarray(pred) != 0, np.asarray(truth) != 0
+    if pred.shape != truth.shape or pred.ndim != 3:
+        raise ValueError(f"masks must be 3D and of one shape, got {pred.shape} and {truth.shape}")
+    ml = math.prod(float(s) for s in spacing) / 1000  # of one voxel
+    total = int(pred.sum()) + int(truth.sum())
+    return {
+        "dice": 2 * int((pred & truth).sum()) / total if total else math.nan,
+        "fpv_ml": _untouched_voxels(pred, truth) * ml,
+        "fnv_ml": _untouched_voxels(truth, pred) * ml,
+    }
+
+
+def case_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, float]:
+    """`lesion_metrics` plus the two volumes in ml; with an empty truth, Dice and FNV are undefined (NaN) and FPV counts."""
+    row = lesion_metrics(pred, truth, spacing)
+    ml = math.prod(float(s) for s in spacing) / 1000
+    row |= {"pred_ml": np.count_nonzero(pred) * ml, "truth_ml": np.count_nonzero(truth) * ml}
+    return row if row["truth_ml"] else row | {"dice": math.nan, "fnv_ml": math.nan}
+
+
+def mean_of(rows: list[dict], key: str) -> float:
+    """Mean of a column over the rows in which it is defined; NaN where there are none."""
+    values = [row[key] for row in rows if key in row and not math.isnan(row[key])]
+    return float(np.mean(values)) if values else math.nan
+
+
+def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float]:
+    """How well a score a patient tells the ill from the healthy.
+
+    Args:
+        score: (N,) numbers, higher = more likely ill. has_tumor: (N,) truth.
+        threshold: score >= threshold is called ill, for accuracy, sensitivity and specificity.
+
+    Returns {"accuracy", "sensitivity", "specificity", "auc"}. AUC is the probability that an ill patient scores above a healthy one,
+    ties counting half (Mann-Whitney). NaN where a class is missing.
+    """
+    score, ill = np.asarray(score, float), np.asarray(has_tumor, bool)
+    if score.shape != ill.shape or score.ndim != 1:
+        raise ValueError(f"score and has_tumor must be (N,), got {score.shape} and {ill.shape}")
+    called, n_ill, n_well = score >= threshold, int(ill.sum()), int((~ill).sum())
+    ranks = stats.rankdata(score)  # ties get their mean rank
+    both = n_ill and n_well
+    return {
+        "accuracy": float((called == ill).mean()) if len(ill) else math.nan,
+        "sensitivity": float(called[ill].mean()) if n_ill else math.nan,
+        "specificity": float((~called[~ill]).mean()) if n_well else math.nan,
+        "auc": float((ranks[ill].sum() - n_ill * (n_ill + 1) / 2) / (n_ill * n_well)) if both else math.nan,
+    }

@@ -1,0 +1,483 @@
+"""Train a Mirror U-Net:  python train.py --data phantom|petct|brain [--root DIR] --model v3 [--corrupt shuffle] [--fold 0] ...
+
+Files -> cache -> fold -> patches -> steps -> validation on the original grid -> a run folder with config.json, metrics.jsonl,
+last.pt, best.pt, curves.png, validation.png and validation.csv. Without options: the phantom, v3, a few minutes on a laptop.
+
+Every option is a field of `Config`; `--preset` fills in a recipe, options given beside it win.
+"""
+
+import os
+
+# Waiting OpenMP threads shall sleep, not spin: spinning makes a step 8x slower once anything else runs on one of two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import json
+import math
+import sys
+import time
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import data
+import figures
+import phantom
+from data import Augmentation, Recipe, UserError
+from losses import MirrorLoss
+from metrics import mean_of, patient_metrics
+from mirror_unet import MirrorUNet
+from predict import TARGETS, evaluate, predict_image, sliding_window
+
+
+def opt(default, help: str):
+    """A config field: its default, and its unit or reason, which is also its --help text."""
+    return field(default_factory=lambda: default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """One run. Written to config.json and into every checkpoint."""
+
+    # data
+    data: str = opt("phantom", "phantom | petct (AutoPET layout) | brain (MSD Task01 layout) | phantom-brain")
+    root: str = opt("", "folder of the studies; the phantoms need none")
+    cache: str = opt("cache", "folder for preprocessed studies")
+    phantoms: int = opt(40, "number of phantom studies")
+    spacing: tuple[float, ...] = opt((2.0, 2.0, 3.0), "mm, of the network's grid")
+    ct_window: tuple[float, ...] = opt((-100.0, 250.0), "HU that become 0 and 1")
+    suv_window: tuple[float, ...] = opt((0.0, 15.0), "SUV that become 0 and 1")
+    splits: str = opt("", "JSON file of folds in nnU-Net's form; default: made by patient, stratified")
+    folds: int = opt(5, "number of folds made when there is no --splits")
+    fold: int = opt(0, "the fold that is held out")
+    # patches
+    patch: tuple[int, ...] = opt((96, 96, 96), "voxels, multiples of 16")
+    batch: int = opt(2, "patches a step")
+    per_case: int = opt(4, "patches in a row from one study")
+    positive: float = opt(2 / 3, "probability of a patch centred on tumour")
+    flip: float = opt(0.5, "probability of mirroring, an axis")
+    rotate: float = opt(0.0, "probability of a rotation by up to 30 degrees")
+    scale: float = opt(0.0, "probability of scaling by up to 20 %")
+    intensity: float = opt(0.0, "probability of a gain and shift of up to 0.1, a channel")
+    # model
+    model: str = opt("v3", "v1 | v2 | v3 | v4")
+    share: tuple[int, ...] = opt((5,), "levels 3..7 whose weights both branches share; no number: none")
+    channels: tuple[int, ...] = opt((16, 32, 64, 128, 256), "widths of levels 1-5")
+    norm: str = opt("instance", "instance | batch")
+    ct_weight: str = opt("0.1", "v4: weight of the CT logits, a number or 'learnable'")
+    # self-supervision and loss
+    corrupt: str = opt("", "none | noise | shuffle, of the CT to be reconstructed; default shuffle where there is one (v1-v3)")
+    cube: int = opt(16, "side of a shuffled cube, voxels")
+    cubes: int = opt(1, "shuffled cubes a patch")
+    sigma: float = opt(0.3, "standard deviation of the noise, in units of the CT window")
+    lambda_seg: float = opt(0.5, "weight of Dice + CE in v1-v3")
+    lambda_rec: float = opt(1e-3, "weight of the reconstruction in v1-v3")
+    lambda_cls: float = opt(1e-2, "weight of the classification in v3")
+    # optimisation
+    steps: int = opt(10_000, "training steps")
+    minutes: float = opt(0.0, "stop the steps after this time, whichever comes first; 0: no limit")
+    optimizer: str = opt("adam", "adam | adamw | sgd (Nesterov momentum 0.99)")
+    lr: float = opt(1e-3, "initial learning rate")
+    weight_decay: float = opt(1e-5, "")
+    schedule: str = opt("cosine", "cosine (to 0) | poly ((1 - t)^0.9) | step (x 0.1 at 5/8 of the run) | constant")
+    clip: float = opt(12.0, "largest gradient norm; 0: no clipping")
+    ema: float = opt(0.0, "decay of the running mean of the weights that is validated and saved; 0: the weights themselves")
+    seed: int = opt(0, "of everything random")
+    # machine
+    device: str = opt("auto", "auto | cpu | cuda")
+    amp: str = opt("off", "off | bf16 | fp16 (CUDA only, with a loss scaler)")
+    compile: bool = opt(False, "torch.compile the network")
+    channels_last: bool = opt(True, "channels_last_3d memory layout")
+    workers: int = opt(-1, "loader processes; -1: none on CPU, up to 8 on CUDA")
+    # validation
+    validations: int = opt(5, "how often a run is validated, the last time at its end")
+    overlap: float = opt(0.5, "of sliding windows")
+    flips: bool = opt(True, "average over the eight mirror images in the last validation")
+    # the run folder
+    out: str = opt("", "run folder; default runs/DATA-MODEL-foldK, numbered where it exists")
+    overwrite: bool = opt(False, "replace a run folder that exists")
+    resume: bool = opt(False, "go on with the run in --out")
+
+    @property
+    def kind(self) -> str:
+        return "brain" if self.data in ("brain", "phantom-brain") else "petct"
+
+
+LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw")
+PRESETS: dict[str, dict] = {
+    # laptop-sized, the default of each --data
+    "phantom": LAPTOP | dict(spacing=(4.0, 4.0, 4.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=4.0),
+    "petct": LAPTOP | dict(spacing=(4.0, 4.0, 4.0), patch=(64, 64, 64), minutes=22.0),
+    "brain": LAPTOP | dict(spacing=(2.0, 2.0, 2.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=10.0),
+    # the paper's
+    "paper-autopet": dict(
+        spacing=(2.0, 2.0, 3.0), patch=(96, 96, 96), batch=4, per_case=4, rotate=0.2, scale=0.2, optimizer="adam", lr=1e-3,
+        weight_decay=1e-5, schedule="step", steps=320_000, validations=40,
+    ),
+    "paper-brain": dict(
+        spacing=(1.0, 1.0, 1.0), patch=(224, 224, 144), batch=1, per_case=1, intensity=1.0, optimizer="adam", lr=1e-3,
+        weight_decay=1e-5, schedule="step", steps=150_000, validations=40,
+    ),
+}  # fmt: skip
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> Config: defaults < preset < options. A --steps without --minutes lifts the preset's time limit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), help="recipe to start from; default: the laptop-sized one of --data")
+    for f in dataclasses.fields(Config):
+        name, default = f"--{f.name.replace('_', '-')}", f.default_factory()
+        text = f"{f.metadata['help']} ({default if default != '' else 'none'})".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif isinstance(default, tuple):
+            kind = typing.get_args(f.type)[0]
+            parser.add_argument(name, type=kind, nargs="*", default=argparse.SUPPRESS, help=text, metavar="N")
+        else:
+            parser.add_argument(name, type=f.type, default=argparse.SUPPRESS, help=text, metavar=f.type.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    source = given.get("data", "phantom")
+    preset = given.pop("preset") or {"phantom-brain": "brain"}.get(source, source)
+    if preset not in PRESETS:
+        raise UserError(f"--data {source}: use phantom, petct, brain or phantom-brain")
+    if "steps" in given:
+        given.setdefault("minutes", 0.0)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    config = Config(**(PRESETS[preset] | given))
+    check_config(config)
+    return config
+
+
+def check_config(c: Config) -> None:
+    """Fill in what depends on the rest, and refuse what can't work, in a sentence that says what would."""
+    choices = {"data": ("phantom", "petct", "brain", "phantom-brain"), "optimizer": ("adam", "adamw", "sgd"), "norm": ("instance", "batch"),
+               "schedule": ("cosine", "poly", "step", "constant"), "amp": ("off", "bf16", "fp16"), "corrupt": ("", "none", "noise", "shuffle"),
+               "device": ("auto", "cpu", "cuda")}  # fmt: skip
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: use one of {', '.join(a for a in allowed if a)}")
+    reconstructs = c.kind == "petct" and c.model != "v4"
+    if c.corrupt in ("noise", "shuffle") and not reconstructs:
+        raise UserError(f"--corrupt {c.corrupt}: {c.kind} {c.model} reconstructs no CT; leave it out, or use v1, v2 or v3 on PET/CT")
+    c.corrupt = c.corrupt or ("shuffle" if reconstructs else "none")
+    if c.data in ("petct", "brain") and not c.root:
+        raise UserError(f"--data {c.data} needs --root, the folder of the studies (--data phantom needs none)")
+    for name, n in {"patch": 3, "spacing": 3, "ct_window": 2, "suv_window": 2}.items():
+        if len(getattr(c, name)) != n:
+            raise UserError(f"--{name.replace('_', '-')} takes {n} numbers, got {getattr(c, name)}")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of PyTorch")
+    c.device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if c.amp == "fp16" and c.device == "cpu":
+        raise UserError("--amp fp16 needs a CUDA device; on CPU use --amp bf16 or off")
+
+
+# ------------------------------------------------------------------------------------------------------- data and model
+def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]:
+    """Find, preprocess and split the studies: (training, validation) of the fold."""
+    root = Path(c.root)
+    if c.data.startswith("phantom"):
+        write = phantom.write_brain if c.kind == "brain" else phantom.write_petct
+        root = root if c.root else Path(c.cache) / f"{c.data}-{c.phantoms}"
+        write(root, c.phantoms)
+    recipe = Recipe("petct", c.spacing, "LAS", c.ct_window, c.suv_window) if c.kind == "petct" else Recipe("brain", c.spacing, "RAS")
+    cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), recipe, c.cache)
+    if len(cases) == 1:
+        print("one study only: it is trained on and validated on, so the table says nothing about other patients")
+        return cases, cases
+    splits = data.read_splits(c.splits, cases) if c.splits else data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
+    if not 0 <= c.fold < len(splits):
+        raise UserError(f"--fold {c.fold}: there are folds 0 to {len(splits) - 1}")
+    return tuple([k for k in cases if k.name in set(splits[c.fold][side])] for side in ("train", "val"))
+
+
+def build_model(c: Config) -> nn.Module:
+    """The network that a config names, freshly initialised from its seed."""
+    torch.manual_seed(c.seed)
+    try:
+        weight = c.ct_weight if c.ct_weight == "learnable" else float(c.ct_weight)
+        return MirrorUNet(c.model, c.share, c.channels, c.norm, c.kind, weight)
+    except ValueError as e:
+        raise UserError(f"--model {c.model}: {e}") from None
+
+
+def build_optimizer(c: Config, net: nn.Module) -> torch.optim.Optimizer:
+    """Adam, AdamW, or SGD with Nesterov momentum 0.99."""
+    if c.optimizer == "sgd":
+        return torch.optim.SGD(net.parameters(), c.lr, momentum=0.99, nesterov=True, weight_decay=c.weight_decay, fused=True)
+    kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
+    return kind(net.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
+
+
+def learning_rate(c: Config, t: float) -> float:
+    """The rate at a share t in [0, 1] of the run."""
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "poly": (1 - t) ** 0.9, "step": 1.0 if t < 0.625 else 0.1, "constant": 1.0}
+    return c.lr * factor[c.schedule]
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+class Run:
+    """One training run and its folder. Everything that decides the next step is in `state()`, so a resumed run is the same run."""
+
+    def __init__(self, c: Config, train: list[data.CachedCase], val: list[data.CachedCase]):
+        self.c, self.train_cases, self.val_cases = c, train, val
+        self.folder = Path(c.out)
+        self.device = torch.device(c.device)
+        layout = torch.channels_last_3d if c.channels_last else torch.contiguous_format
+        self.net = build_model(c).to(self.device, memory_format=layout)
+        self.mean_net = copy.deepcopy(self.net).requires_grad_(False) if c.ema else self.net
+        self.mean_state, self.net_state = ([t for t in n.state_dict().values() if t.is_floating_point()] for n in (self.mean_net, self.net))
+        self.forward = torch.compile(self.net) if c.compile else self.net
+        self.loss = MirrorLoss(c.model, c.kind, c.lambda_seg, c.lambda_rec, c.lambda_cls)
+        self.optimizer = build_optimizer(c, self.net)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
+        self.step, self.seconds, self.best = 0, 0.0, -1.0  # seconds: spent on steps
+        self.targets = tuple(t for t in TARGETS[c.kind] if not (t == "whole" and c.model == "v1"))
+        aug = Augmentation(c.flip, c.rotate, scale=c.scale, intensity=c.intensity)
+        self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch, c.seed, aug, c.positive, c.per_case)
+
+    # ------------------------------------------------------------------------------------------------------- checkpoints
+    def state(self) -> dict:
+        return {
+            "config": dataclasses.asdict(self.c), "step": self.step, "seconds": self.seconds, "best": self.best,
+            "model": self.mean_net.state_dict(), "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint under a temporary name, then rename: a file of that name is always whole."""
+        part = self.folder / f"{name}.part"
+        torch.save(self.state(), part)
+        os.replace(part, self.folder / name)
+
+    def resume(self) -> None:
+        """Take up last.pt, and drop the lines of metrics.jsonl that were written after it."""
+        path = self.folder / "last.pt"
+        if not path.exists():
+            raise UserError(f"--resume: {path} does not exist")
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["net"])
+        if self.c.ema:
+            self.mean_net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        log = self.folder / "metrics.jsonl"
+        kept = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        part = log.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, log)
+
+    def log(self, row: dict) -> None:
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    # ---------------------------------------------------------------------------------------------------------- training
+    def progress(self) -> float:
+        """Share of the run that is done: of its steps, or of its minutes where those run out first."""
+        spent = self.seconds / (60 * self.c.minutes) if self.c.minutes else 0.0
+        return min(1.0, max(self.step / self.c.steps, spent))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.c.amp]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One step; returns the total loss and its parts."""
+        c = self.c
+        keys = batch["key"]
+        batch = data.make_targets({k: v.to(self.device, non_blocking=True) for k, v in batch.items()}, c.kind)
+        x = data.corrupt_ct(batch["image"], c.corrupt, keys, c.cube, c.cubes, c.sigma)
+        if c.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        lr = learning_rate(c, self.progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(hash((c.seed, self.step)) & 0x7FFFFFFF)  # dropout: a function of (seed, step)
+        with self.autocast():
+            out = self.forward(x)
+        loss, parts = self.loss(out, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), c.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if c.ema:
+            decay = min(c.ema, (1 + self.step) / (10 + self.step))  # forget the random start quickly
+            torch._foreach_lerp_(self.mean_state, self.net_state, 1 - decay)
+        return {"loss": float(loss.detach()), **{k: float(v) for k, v in parts.items()}, "grad_norm": float(norm), "lr": lr}
+
+    def train(self) -> None:
+        """Step until the budget is used up, validating on the way."""
+        c = self.c
+        workers = c.workers if c.workers >= 0 else 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        rest = Subset(self.patches, range(self.step * c.batch, c.steps * c.batch))
+        loader = DataLoader(rest, c.batch, num_workers=workers, pin_memory=self.device.type == "cuda", persistent_workers=workers > 0)
+        done = int(self.progress() * c.validations)
+        saved = time.monotonic()
+        style = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
+        self.net.train()
+        with tqdm(total=1000, desc="training", bar_format=style, initial=int(1000 * self.progress())) as bar:
+            batches = iter(loader)
+            while self.progress() < 1:
+                start = time.monotonic()
+                row = self.train_step(next(batches))
+                self.step += 1
+                self.seconds += time.monotonic() - start
+                if not math.isfinite(row["loss"]) and not self.scaler.is_enabled():
+                    raise UserError(f"the loss is {row['loss']} at step {self.step}: try a smaller --lr, or --amp off")
+                self.log({"step": self.step, "seconds": round(self.seconds, 3), **row})
+                bar.update(int(1000 * self.progress()) - bar.n)
+                dice = next(v for k, v in row.items() if k.endswith("_dice"))
+                bar.set_postfix_str(f"step {self.step}  loss {row['loss']:.3f}  dice loss {dice:.3f}")
+                if int(self.progress() * c.validations) > done and self.progress() < 1:
+                    done = int(self.progress() * c.validations)
+                    self.validate(last=False)
+                if time.monotonic() - saved > 60:
+                    self.save("last.pt")
+                    saved = time.monotonic()
+        self.validate(last=True)
+
+    # -------------------------------------------------------------------------------------------------------- validation
+    def predict(self, case: data.CachedCase, flips: bool) -> tuple[np.ndarray, float | None]:
+        image = torch.from_numpy(case.array("image").astype(np.float32)).to(self.device)
+        prob, score = predict_image(self.mean_net, image, self.c.patch, self.c.overlap, self.c.batch, flips, self.autocast())
+        return prob.cpu().numpy(), score
+
+    def validate(self, last: bool) -> None:
+        """Metrics of every held-out case on its original grid; the last time also the table, the csv and the pictures."""
+        rows, probs = [], {}
+        for case in tqdm(self.val_cases, desc="validation", unit="case", leave=False):
+            prob, score = self.predict(case, flips=last and self.c.flips)
+            case_rows = evaluate(case, prob, self.targets)
+            rows += [r | {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score} for r in case_rows]
+            probs[case.name] = prob[0] if self.c.kind == "petct" else prob[self.targets.index("core")]
+        summary = summarise(rows, self.targets)
+        self.log({"step": self.step, "val": summary})
+        tqdm.write(f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if not math.isnan(v)))
+        dice = float(np.mean([summary[f"{t}_dice"] for t in self.targets]))
+        if dice > self.best:
+            self.best = dice
+            self.save("best.pt")
+        self.save("last.pt")
+        figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if last:
+            write_table(rows, self.folder / "validation.csv")
+            print_table(rows, self.targets)
+            self.draw(rows, probs)
+
+    @torch.no_grad()
+    def draw(self, rows: list[dict], probs: dict[str, np.ndarray]) -> None:
+        """validation.png: the best, the middle and the worst case."""
+        order = sorted((r for r in rows if r["target"] == self.targets[0] and not math.isnan(r["dice"])), key=lambda r: -r["dice"])
+        order = order or rows[:1]
+        chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
+        cases = {k.name: k for k in self.val_cases}
+        panels = []
+        for row in chosen:
+            case = cases[row["case"]]
+            image, label = case.array("image").astype(np.float32), case.array("label")
+            names = ("ct", "pet") if self.c.kind == "petct" and self.c.model != "v4" else ()
+
+            def reconstruct(x: Tensor) -> Tensor:
+                out = self.mean_net(x)
+                return torch.cat([getattr(out, n) for n in names if getattr(out, n) is not None], 1)
+
+            rec = {}
+            if names:
+                self.mean_net.eval()
+                maps = sliding_window(torch.from_numpy(image).to(self.device), reconstruct, self.c.patch, self.c.overlap, self.c.batch)
+                rec = dict(zip(("CT", "PET"), maps.cpu().numpy()))
+            truth = label > 0 if self.c.kind == "petct" else label == 2
+            title = f"{case.name}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f}  FNV {row['fnv_ml']:.1f} ml"
+            panels.append({
+                "title": title, "names": ("CT", "PET") if self.c.kind == "petct" else ("T2w", "FLAIR"), "images": image,
+                "truth": truth, "pred": probs[case.name] >= 0.5, "spacing": nib.affines.voxel_sizes(case.affine), "reconstructions": rec,
+            })  # fmt: skip
+        figures.panels(panels, self.folder / "validation.png")
+
+
+def summarise(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
+    """Means over the cases, a target: {"seg_dice", "seg_fpv_ml", "seg_fnv_ml", ...}; v3 also patient-level accuracy and AUC."""
+    out = {}
+    for t in targets:
+        mine = [r for r in rows if r["target"] == t]
+        out |= {f"{t}_{k}": mean_of(mine, k) for k in ("dice", "fpv_ml", "fnv_ml")}
+    scored = [r for r in rows if r["target"] == targets[0] and not math.isnan(r["tumor_score"])]
+    if scored:
+        cls = patient_metrics([r["tumor_score"] for r in scored], [r["has_tumor"] for r in scored])
+        out |= {f"patient_{k}": v for k, v in cls.items()}
+    return out
+
+
+def write_table(rows: list[dict], path: Path) -> None:
+    """validation.csv, a row a case and target; an undefined number is an empty cell."""
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows)
+    os.replace(part, path)
+
+
+def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
+    """The table of a run: Dice, FPV, FNV a case, and their means over the cases in which they are defined."""
+    width = max(len(r["case"]) for r in rows) + 2
+    show = lambda v, digits=2: f"{'-':>9}" if math.isnan(v) else f"{v:9.{digits}f}"  # noqa: E731
+    for t in targets:
+        mine = [r for r in rows if r["target"] == t]
+        print(f"\n{t:{width}}{'Dice':>9}{'FPV ml':>9}{'FNV ml':>9}{'true ml':>9}{'pred. ml':>9}")
+        for r in mine:
+            print(f"{r['case']:{width}}{show(r['dice'], 3)}" + "".join(show(r[k]) for k in ("fpv_ml", "fnv_ml", "truth_ml", "pred_ml")))
+        empty = sum(not r["truth_ml"] for r in mine)
+        print(f"{'mean':{width}}{show(mean_of(mine, 'dice'), 3)}" + "".join(show(mean_of(mine, k)) for k in ("fpv_ml", "fnv_ml")))
+        if empty:
+            print(f"{empty} of {len(mine)} without a true tumour: Dice and FNV are undefined there, and FPV counts")
+
+
+def prepare_folder(c: Config) -> None:
+    """Choose or check the run folder: one that exists is never written into unless asked."""
+    if not c.out:
+        base = f"runs/{c.data}-{c.model}-fold{c.fold}"
+        c.out = next(name for i in range(1, 10_000) if not Path(name := base if i == 1 else f"{base}-{i}").exists())
+    folder = Path(c.out)
+    if folder.exists() and any(folder.iterdir()) and not c.resume:
+        if not c.overwrite:
+            raise UserError(f"{folder} holds a run; name another with --out, go on with --resume, or replace it with --overwrite")
+        for name in ("metrics.jsonl", "last.pt", "best.pt", "curves.png", "validation.png", "validation.csv", "config.json"):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def main(argv: list[str]) -> None:
+    c = parse_config(argv)
+    train, val = load_cases(c)
+    prepare_folder(c)
+    run = Run(c, train, val)
+    if c.resume:
+        run.resume()
+    (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    print(json.dumps(dataclasses.asdict(c)))
+    count = sum(p.numel() for p in run.net.parameters())
+    print(f"{c.model}, {count:,} parameters, {len(train)} studies to train on, {len(val)} held out, on {c.device} -> {run.folder}")
+    run.train()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
