@@ -219,7 +219,7 @@ class CachedCase:
         return self.__dict__ | {"_arrays": {}}
 
     def array(self, name: str) -> np.ndarray:
-        """"image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumour."""
+        """ "image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumour."""
         if name not in self._arrays:
             self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return self._arrays[name]
@@ -241,8 +241,9 @@ def preprocess(case: Case, recipe: Recipe) -> dict:
     label = read_label(case)
     same_grid(label, read_header(case.images[-1]), case.label, case.images[-1])
     data = np.asarray(label.dataobj)
-    soft = [to_grid(nib.Nifti1Image((data == c).astype(np.float32), label.affine), recipe.orientation, recipe.spacing) for c in (1, 2)[: 1 + (recipe.kind == "brain")]]
-    soft = np.stack([s.get_fdata(dtype=np.float32) for s in soft])
+    codes = (1,) if recipe.kind == "petct" else (1, 2)
+    soft = [nib.Nifti1Image((data == c).astype(np.float32), label.affine) for c in codes]
+    soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32) for s in soft])
     best = np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
 
     inside = (image[1] > 0) if recipe.kind == "petct" else (image != 0).any(0)

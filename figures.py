@@ -1,4 +1,7 @@
-"""The pictures of a run: learning curves and validation panels. Arrays are on the network's grid, axes (left, anterior, superior)."""
+"""The pictures: a run's learning curves and validation panels, and the network drawn from the live model.
+
+Arrays are on the network's grid, axes (left, anterior, superior).
+"""
 
 import json
 from pathlib import Path
@@ -87,3 +90,81 @@ def panels(rows: list[dict], out: Path) -> None:
                loc="outside lower center", ncols=2, fontsize=8)  # fmt: skip
     fig.savefig(out, dpi=110)
     plt.close(fig)
+
+
+# --------------------------------------------------------------------------------------------------- the architecture
+INK, QUIET, CT, PET, DEEP, SHARED, JOIN = "#2b2f36", "#8a919c", "#a9c4e4", "#f6c48f", "#d3d8de", "#7a3fb0", "#e9def5"
+TASKS = {  # of the first branch's decoder, of the second's, of the light decoder
+    "petct": ("reconstruct CT", "segment tumour", "reconstruct PET"),
+    "brain": ("segment\ntumour core", "segment\nedema", "segment\nwhole tumour"),
+}
+LOSSES = {"reconstruct": "L2", "segment": "Dice + CE", "tumour?": "BCE"}
+
+
+def _arrow(ax, *points: tuple[float, float], color: str = INK, lw: float = 1.5) -> None:
+    style = dict(arrowstyle="-|>", mutation_scale=11, lw=lw, ec=color, fc=color, capstyle="butt", zorder=3)
+    ax.add_patch(matplotlib.patches.FancyArrowPatch(path=matplotlib.path.Path(points), **style))
+
+
+def _level(ax, x: float, y: float, level, size: tuple, full: tuple, color: str, text: str = "", up: int = 1) -> tuple[float, float, tuple]:
+    """Draw what a level makes of an input of `size`, as a box; `full`: most channels, the net's input. -> half of each side, new size."""
+    conv = level.units[0].conv if hasattr(level, "units") else level.up.conv
+    size = tuple(s * k if conv.transposed else s // k for s, k in zip(size, conv.stride))
+    w, h = max(0.12, 0.31 * (conv.out_channels / full[0]) ** 0.5), 0.49 * (np.prod(size) / np.prod(full[1])) ** (1 / 6)
+    ax.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, fc=color, ec=INK, zorder=4))
+    ax.text(x, y - 0.01, text, ha="center", va="center", size=11.5, weight="bold", color="white" if color == SHARED else INK, zorder=5)
+    room = f"{size[0]}³" if len(set(size)) == 1 else f"1/{full[1][0] // size[0]}"  # no cube: the share of the input's sides
+    ax.text(x, y + up * (h + 0.12), f"{conv.out_channels} @ {room}", ha="center", va="center", size=11.5, zorder=5)
+    return w, h, size
+
+
+def architecture(model, path, size: tuple[int, int, int] = (96, 96, 96)) -> None:
+    """Draw a MirrorUNet, for inputs of `size` (D, H, W), to an image file. Levels that are one module in both branches are joined."""
+    brain, version, full, tasks = model.preset == "brain", model.version, (max(model.channels), size), TASKS[model.preset]
+    ax = plt.figure(figsize=(12, 6.8)).add_axes((0, 0, 1, 1), xlim=(0, 12), ylim=(-3.4, 3.4), frame_on=False, xticks=[], yticks=[])
+    small, bold, grey = dict(size=11.5, ha="center", va="center", zorder=5), dict(size=12.5, weight="bold"), dict(fc=DEEP, ec=INK)
+    xs, ys, end, right = 1.5 + np.arange(9), np.array([2.61, 1.96, 1.45, 1.0, 0.37, 1.0, 1.45, 1.96, 2.61]), 10, 10.15  # in inches
+    same = [a is b for a, b in zip(model.ct.levels, model.pet.levels)]
+    for up, branch, color, name in ((1, model.ct, CT, "T2w" if brain else "CT"), (-1, model.pet, PET, "FLAIR" if brain else "PET")):
+        at, sizes = (0.57, up * ys[0]), [size]
+        ax.add_patch(plt.Rectangle((0.12, at[1] - 0.45), 0.9, 0.9, fc=color, ec=INK, zorder=4))
+        ax.text(*at, name, **small | dict(size=15, weight="bold"))
+        for n, (x, y, level) in enumerate(zip(xs, up * ys, branch.levels)):
+            w, h, now = _level(ax, x, y, level, sizes[-1], full, SHARED if same[n] else color, str(n + 1), up)
+            _arrow(ax, at, *([(at[0], y), (x - w, y)] if n < 5 else [(x, at[1]), (x, y - up * h)]))
+            if n > 4:
+                _arrow(ax, (xs[8 - n], y), (x - w, y), color=QUIET, lw=0.9)
+            ax.add_patch(plt.Rectangle((x - w, 0), 2 * w, y, fc=JOIN if same[n] else "none", zorder=1))
+            at, sizes = (x, y), [*sizes, now]
+        _arrow(ax, at, (end, y), *[(end, 0.14 * up)] * (version == "v4"))
+    note = "shared weights,\nnot features" if any(same) else "nothing shared:\ntwo separate U-Nets"
+    ax.text(xs[same.index(True) if any(same[:5]) else 4] - 0.42, 0, note, ha="right", va="center", color=SHARED, **bold)
+    ends = [(0, "segment tumour")] if version == "v4" else [(ys[8], tasks[0]), (-ys[8], tasks[1])]
+    if version in ("v2", "v3"):
+        ends.append((0, tasks[2]))
+        deep, now = [xs[4] + 0.55, *np.linspace(xs[5] + 0.53, xs[8], 4)], sizes[5]
+        _arrow(ax, (deep[0], ys[4]), (deep[0], 0.13))
+        _arrow(ax, (deep[0], -ys[4]), (deep[0], -0.13))
+        ax.text(deep[0], 0, "cat", bbox=dict(boxstyle="round,pad=0.15", **grey), **small)
+        for before, x, level in zip(deep, deep[1:], model.bottleneck_decoder):
+            w, _, now = _level(ax, x, 0, level, now, full, DEEP)
+            _arrow(ax, (before, 0), (x - w, 0))
+        _arrow(ax, (x, 0), (end, 0))
+        ax.text(xs[6], -0.4, "light decoder", **small)
+    if version == "v3":
+        ends.append((-0.68, "tumour?"))
+        _arrow(ax, (xs[5], -0.68), (end, -0.68))
+        ax.text(xs[7], -0.68, "classifier", bbox=dict(boxstyle="square,pad=0.3", **grey), **small)
+    if version == "v4":
+        ax.text(end, 0, "+", bbox=dict(boxstyle="circle,pad=0.1", **grey), **small)
+        w = f"w = {model.ct_weight.clamp(0, 1):.2g}" + ", learned" * model.ct_weight.requires_grad
+        ax.text(right, 1.3, f"w · CT logits\n{w}", va="center", size=11.5)
+        ax.text(right, -1.3, "(1 − w) · PET logits", va="center", size=11.5)
+    for y, what in ends:
+        ax.text(right, y + 0.01, what, va="bottom", **bold)
+        ax.text(right, y - 0.03, LOSSES[what.split()[0]], va="top", size=11.5)
+    ax.text(xs[4], 3.12, f"Mirror U-Net {version}" + ", brain MR" * brain, **small | dict(size=17, weight="bold"))
+    ax.text(xs[4], 2.81, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, input {'×'.join(map(str, size))}", **small)
+    ax.text(xs[4], -3.1, "tall box: large; wide box: many channels; grey arrow: skip connection", color="#5a616c", **small)
+    ax.figure.savefig(path, dpi=130)
+    plt.close(ax.figure)

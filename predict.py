@@ -112,6 +112,22 @@ def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flips=False,
     return prob, float(torch.cat(scores).max()) if scores else None
 
 
+def reconstructions(model, image: Tensor, size, overlap=0.5, batch=2) -> dict[str, np.ndarray]:
+    """What a Mirror U-Net v1-v3 reconstructs of a clean study (2, D, H, W): {"CT": (D, H, W)}, in v2 and v3 also "PET"; else {}."""
+    if not isinstance(model, MirrorUNet) or model.preset == "brain" or model.version == "v4":
+        return {}
+
+    def predict(x: Tensor) -> Tensor:
+        out = model(x)
+        return out.ct if out.pet is None else torch.cat([out.ct, out.pet], dim=1)
+
+    was_training = model.training
+    model.eval()
+    maps = sliding_window(image, predict, size, overlap, batch)
+    model.train(was_training)
+    return dict(zip(("CT", "PET"), maps.cpu().numpy()))
+
+
 def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
     """Resample a map (D, H, W) from the grid of `affine` to the grid of the image `like`, trilinearly; 0 outside."""
     if prob.shape == like.shape[:3] and np.allclose(affine, like.affine, atol=1e-4):

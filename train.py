@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
 import typing
@@ -38,7 +39,7 @@ from data import Augmentation, Recipe, UserError
 from losses import MirrorLoss
 from metrics import mean_of, patient_metrics
 from mirror_unet import MirrorUNet
-from predict import TARGETS, evaluate, predict_image, sliding_window
+from predict import TARGETS, evaluate, predict_image, reconstructions
 
 
 def opt(default, help: str):
@@ -133,7 +134,7 @@ PRESETS: dict[str, dict] = {
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Command line -> Config: defaults < preset < options. A --steps without --minutes lifts the preset's time limit."""
+    """Command line -> Config: defaults < preset (--resume: the run's own config) < options. A --steps without --minutes lifts the preset's time limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), help="recipe to start from; default: the laptop-sized one of --data")
     for f in dataclasses.fields(Config):
@@ -149,21 +150,39 @@ def parse_config(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     source = given.get("data", "phantom")
     preset = given.pop("preset") or {"phantom-brain": "brain"}.get(source, source)
-    if preset not in PRESETS:
+    if given.get("resume"):
+        base = read_config(Path(given.get("out", "")) / "config.json")
+    elif preset in PRESETS:
+        base = PRESETS[preset]
+    else:
         raise UserError(f"--data {source}: use phantom, petct, brain or phantom-brain")
     if "steps" in given:
         given.setdefault("minutes", 0.0)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    config = Config(**(PRESETS[preset] | given))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (base | given).items()}
+    config = Config(**values)
     check_config(config)
     return config
 
 
+def read_config(path: Path) -> dict:
+    """The config of an earlier run. Raises UserError where there is none or it names options that do not exist."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as e:
+        raise UserError(f"{path}: no run to resume here ({type(e).__name__}); say which with --out") from None
+    unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"{path}: unknown options {sorted(unknown)}; written by another version?")
+    return values
+
+
 def check_config(c: Config) -> None:
     """Fill in what depends on the rest, and refuse what can't work, in a sentence that says what would."""
-    choices = {"data": ("phantom", "petct", "brain", "phantom-brain"), "optimizer": ("adam", "adamw", "sgd"), "norm": ("instance", "batch"),
-               "schedule": ("cosine", "poly", "step", "constant"), "amp": ("off", "bf16", "fp16"), "corrupt": ("", "none", "noise", "shuffle"),
-               "device": ("auto", "cpu", "cuda")}  # fmt: skip
+    choices = {
+        "data": ("phantom", "petct", "brain", "phantom-brain"), "optimizer": ("adam", "adamw", "sgd"),
+        "norm": ("instance", "batch"), "schedule": ("cosine", "poly", "step", "constant"), "amp": ("off", "bf16", "fp16"),
+        "corrupt": ("", "none", "noise", "shuffle"), "device": ("auto", "cpu", "cuda"),
+    }  # fmt: skip
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: use one of {', '.join(a for a in allowed if a)}")
@@ -243,6 +262,7 @@ class Run:
         self.optimizer = build_optimizer(c, self.net)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # seconds: spent on steps
+        self.stopping = False
         self.targets = tuple(t for t in TARGETS[c.kind] if not (t == "whole" and c.model == "v1"))
         aug = Augmentation(c.flip, c.rotate, scale=c.scale, intensity=c.intensity)
         self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch, c.seed, aug, c.positive, c.per_case)
@@ -319,6 +339,10 @@ class Run:
             torch._foreach_lerp_(self.mean_state, self.net_state, 1 - decay)
         return {"loss": float(loss.detach()), **{k: float(v) for k, v in parts.items()}, "grad_norm": float(norm), "lr": lr}
 
+    def ask_to_stop(self, *_) -> None:
+        """Ctrl-C or SIGTERM: finish the step, save, leave."""
+        self.stopping = True
+
     def train(self) -> None:
         """Step until the budget is used up, validating on the way."""
         c = self.c
@@ -329,6 +353,8 @@ class Run:
         saved = time.monotonic()
         style = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
         self.net.train()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
         with tqdm(total=1000, desc="training", bar_format=style, initial=int(1000 * self.progress())) as bar:
             batches = iter(loader)
             while self.progress() < 1:
@@ -345,9 +371,11 @@ class Run:
                 if int(self.progress() * c.validations) > done and self.progress() < 1:
                     done = int(self.progress() * c.validations)
                     self.validate(last=False)
-                if time.monotonic() - saved > 60:
+                if self.stopping or time.monotonic() - saved > 60:
                     self.save("last.pt")
                     saved = time.monotonic()
+                if self.stopping:
+                    raise SystemExit(f"\nstopped after step {self.step}; go on with: python train.py --resume --out {self.folder}")
         self.validate(last=True)
 
     # -------------------------------------------------------------------------------------------------------- validation
@@ -378,33 +406,22 @@ class Run:
             print_table(rows, self.targets)
             self.draw(rows, probs)
 
-    @torch.no_grad()
     def draw(self, rows: list[dict], probs: dict[str, np.ndarray]) -> None:
         """validation.png: the best, the middle and the worst case."""
-        order = sorted((r for r in rows if r["target"] == self.targets[0] and not math.isnan(r["dice"])), key=lambda r: -r["dice"])
-        order = order or rows[:1]
-        chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
-        cases = {k.name: k for k in self.val_cases}
+        c, cases = self.c, {k.name: k for k in self.val_cases}
+        scored = [r for r in rows if r["target"] == self.targets[0] and not math.isnan(r["dice"])]
+        order = sorted(scored, key=lambda r: -r["dice"]) or rows[:1]
         panels = []
-        for row in chosen:
+        for i in sorted({0, len(order) // 2, len(order) - 1}):
+            row = order[i]
             case = cases[row["case"]]
             image, label = case.array("image").astype(np.float32), case.array("label")
-            names = ("ct", "pet") if self.c.kind == "petct" and self.c.model != "v4" else ()
-
-            def reconstruct(x: Tensor) -> Tensor:
-                out = self.mean_net(x)
-                return torch.cat([getattr(out, n) for n in names if getattr(out, n) is not None], 1)
-
-            rec = {}
-            if names:
-                self.mean_net.eval()
-                maps = sliding_window(torch.from_numpy(image).to(self.device), reconstruct, self.c.patch, self.c.overlap, self.c.batch)
-                rec = dict(zip(("CT", "PET"), maps.cpu().numpy()))
-            truth = label > 0 if self.c.kind == "petct" else label == 2
-            title = f"{case.name}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f}  FNV {row['fnv_ml']:.1f} ml"
+            made = reconstructions(self.mean_net, torch.from_numpy(image).to(self.device), c.patch, c.overlap, c.batch)
             panels.append({
-                "title": title, "names": ("CT", "PET") if self.c.kind == "petct" else ("T2w", "FLAIR"), "images": image,
-                "truth": truth, "pred": probs[case.name] >= 0.5, "spacing": nib.affines.voxel_sizes(case.affine), "reconstructions": rec,
+                "title": f"{case.name}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f} ml  FNV {row['fnv_ml']:.1f} ml",
+                "names": ("CT", "PET") if c.kind == "petct" else ("T2w", "FLAIR"), "images": image,
+                "truth": label > 0 if c.kind == "petct" else label == 2, "pred": probs[case.name] >= 0.5,
+                "spacing": nib.affines.voxel_sizes(case.affine), "reconstructions": made,
             })  # fmt: skip
         figures.panels(panels, self.folder / "validation.png")
 

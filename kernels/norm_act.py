@@ -35,11 +35,15 @@ def norm_act_ref(
     Returns y, of x's shape and dtype.
     """
     dtype = x.dtype
-    if upcast:
-        x, weight, bias, slope, residual = (t if t is None else t.double() for t in (x, weight, bias, slope, residual))
-    cast = [t if t is None else t.to(x.dtype) for t in (weight, bias, slope)]
+    # Half precision goes up to float32: PyTorch's bfloat16 group norm returns NaN gradients on CPU for channels_last_3d.
+    work = torch.float64 if upcast or dtype == torch.float64 else torch.float32
+    x, weight, bias, slope, residual = (t if t is None else t.to(work) for t in (x, weight, bias, slope, residual))
+    if not x.is_contiguous():
+        # In channels_last_3d PyTorch takes the variance as E[x^2] - E[x]^2, wrong for a mean far from 0. Take the mean off first: the
+        # result does not depend on it, so neither does the gradient, and it can be detached.
+        x = x - x.detach().mean((2, 3, 4), keepdim=True)
     # Group norm with a group a channel *is* instance norm, and unlike F.instance_norm it keeps channels_last_3d.
-    y = F.group_norm(x, x.shape[1], cast[0], cast[1], eps)
+    y = F.group_norm(x, x.shape[1], weight, bias, eps)
     if slope is not None:
-        y = F.prelu(y, cast[2])
+        y = F.prelu(y, slope)
     return (y if residual is None else y + residual).to(dtype)

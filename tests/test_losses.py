@@ -96,7 +96,9 @@ def test_class_weights_by_hand():
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(3.0)]]).reshape(1, 2, 1, 1, 2)  # p(0) = 0.75, 0.25
     truth = torch.tensor([1, 1]).reshape(1, 1, 1, 1, 2)
     other = torch.tensor([0, 1]).reshape(1, 1, 1, 1, 2)
-    assert cross_entropy(logits, truth, class_weight=torch.tensor([1.0, 3.0])).item() == pytest.approx(-(math.log(0.25) + math.log(0.75)) / 2, abs=1e-6)
+    assert cross_entropy(logits, truth, class_weight=torch.tensor([1.0, 3.0])).item() == pytest.approx(
+        -(math.log(0.25) + math.log(0.75)) / 2, abs=1e-6
+    )
     half = torch.tensor([0, 0]).reshape(1, 1, 1, 1, 2)
     mixed = -(math.log(0.75) * 1 + math.log(0.75) * 3) / 4
     assert cross_entropy(logits, other, class_weight=torch.tensor([1.0, 3.0])).item() == pytest.approx(mixed, abs=1e-6)
@@ -177,7 +179,9 @@ def test_labels_of_every_integer_type_and_both_shapes(dtype):
     torch.testing.assert_close(dice_ce(last, truth), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": False}, {"include_background": True}, {"ignore_index": 2}, {"class_weight": torch.tensor([1.0, 2.0, 5.0])}])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch": False}, {"include_background": True}, {"ignore_index": 2}, {"class_weight": torch.tensor([1.0, 2.0, 5.0])}]
+)
 def test_gradient_is_that_of_finite_differences(options):
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 2, 3, 2, dtype=torch.double, requires_grad=True)
@@ -199,7 +203,9 @@ def test_reconstruction_and_classification():
     assert l2(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]])).item() == 2.5  # (1 + 4) / 2
     with pytest.raises(ValueError, match="differ in shape"):
         l2(torch.zeros(2, 1, 4), torch.zeros(1, 1, 4))  # no broadcasting
-    assert bce(torch.tensor([0.0, math.log(3.0)]), torch.tensor([1.0, 0.0])).item() == pytest.approx((math.log(2) + math.log(4)) / 2, abs=1e-6)
+    assert bce(torch.tensor([0.0, math.log(3.0)]), torch.tensor([1.0, 0.0])).item() == pytest.approx(
+        (math.log(2) + math.log(4)) / 2, abs=1e-6
+    )
     assert torch.isfinite(bce(torch.tensor([1e4, -1e4], dtype=torch.float16), torch.tensor([0.0, 1.0])))
 
 

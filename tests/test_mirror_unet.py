@@ -119,7 +119,9 @@ def official_state(net: MirrorUNet, finest_first=True) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("finest_first", [True, False])
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("version,preset", [("v1", "petct"), ("v2", "petct"), ("v3", "petct"), ("v4", "petct"), ("v1", "brain"), ("v2", "brain")])
+@pytest.mark.parametrize(
+    "version,preset", [("v1", "petct"), ("v2", "petct"), ("v3", "petct"), ("v4", "petct"), ("v1", "brain"), ("v2", "brain")]
+)
 def test_from_official_reads_every_configuration(version, preset, share, finest_first):
     torch.manual_seed(0)
     net = MirrorUNet(version, share, TINY, norm="batch", preset=preset).eval()
@@ -258,7 +260,15 @@ def test_sizes_that_do_not_fit_are_refused_in_a_sentence(size, norm, training, m
 
 @pytest.mark.parametrize(
     "options",
-    [dict(version="v5"), dict(version="v3", preset="brain"), dict(preset="mouse"), dict(share=(2,)), dict(share=(8,)), dict(norm="layer"), dict(channels=(4, 8))],
+    [
+        dict(version="v5"),
+        dict(version="v3", preset="brain"),
+        dict(preset="mouse"),
+        dict(share=(2,)),
+        dict(share=(8,)),
+        dict(norm="layer"),
+        dict(channels=(4, 8)),
+    ],
 )
 def test_options_that_do_not_exist_are_refused(options):
     with pytest.raises(ValueError):

@@ -1,0 +1,129 @@
+"""Sliding window, resampling back, and evaluation on the original grid."""
+
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import Recipe
+from mirror_unet import MirrorUNet
+from predict import evaluate, foreground_probability, gaussian_window, predict_image, reconstructions, sliding_window, to_original, window_starts
+
+TINY = (2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("shape,size,overlap", [((40, 33, 16), (16, 16, 16), 0.5), ((17, 16, 50), (16, 8, 24), 0.25), ((9, 9, 9), (8, 8, 8), 0.0)])
+def test_windows_cover_every_voxel_and_stay_inside(shape, size, overlap):
+    seen = np.zeros(shape, int)
+    for start in window_starts(shape, size, overlap):
+        assert all(0 <= a and a + s <= n for a, s, n in zip(start, size, shape))
+        seen[tuple(slice(a, a + s) for a, s in zip(start, size))] += 1
+    assert seen.min() >= 1
+    # (40 - 16) / 8 + 1 = 4 and so on: no window more than the stride asks for
+    strides = [int(s * (1 - overlap)) for s in size]
+    assert len(window_starts(shape, size, overlap)) == math.prod(math.ceil((n - s) / t) + 1 for n, s, t in zip(shape, size, strides))
+
+
+def test_window_weight_is_a_gaussian_with_a_floor():
+    w = gaussian_window((9, 5, 33))
+    assert w.argmax() == w.numel() // 2 and w.max() == 1 and w.min() >= 1e-3
+    torch.testing.assert_close(w, w.flip(0, 1, 2))
+    one = gaussian_window((33, 1, 1)).flatten()
+    assert one[20].item() == pytest.approx(math.exp(-0.5 * (4 / (0.125 * 33)) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 33, 20), (16, 16, 16), (7, 40, 5)])
+def test_a_pointwise_function_comes_back_exactly_also_where_the_volume_is_smaller_than_a_window(shape):
+    image = torch.randn(2, *shape)
+    out = sliding_window(image, lambda x: torch.stack([x[:, 0] * x[:, 1], x[:, 0] * 0 + 3], 1), (16, 16, 16), batch=3)
+    torch.testing.assert_close(out[0], image[0] * image[1])
+    torch.testing.assert_close(out[1], torch.full(shape, 3.0))
+
+
+def test_overlapping_windows_are_averaged_by_their_weight():
+    """Two windows of 16 on 24 voxels; each answers with its own number, so the result is the weighted mean of 1 and 2."""
+    answers = iter([1.0, 2.0])
+    out = sliding_window(torch.zeros(1, 24, 1, 1), lambda x: x * 0 + next(answers), (16, 1, 1), batch=1)[0, :, 0, 0]
+    w = gaussian_window((16, 1, 1)).flatten()
+    both = (1 * w[8:] + 2 * w[:8]) / (w[8:] + w[:8])
+    torch.testing.assert_close(out, torch.cat([torch.ones(8), both, torch.full((8,), 2.0)]))
+
+
+def test_batches_of_windows_change_nothing():
+    net = MirrorUNet("v1", channels=TINY).eval()
+    image = torch.randn(2, 48, 32, 40)
+    one, many = (predict_image(net, image, (32, 32, 32), batch=b)[0] for b in (1, 4))
+    torch.testing.assert_close(one, many)
+
+
+def test_mirroring_at_test_time_averages_the_eight_mirror_images():
+    net = MirrorUNet("v3", channels=TINY).eval()
+    image = torch.randn(2, 32, 32, 32)
+    flips = [f for f in ([], [1], [2], [3], [1, 2], [1, 3], [2, 3], [1, 2, 3])]
+    each = torch.stack([predict_image(net, image.flip(f), (32, 32, 32))[0].flip(f) for f in flips])
+    torch.testing.assert_close(predict_image(net, image, (32, 32, 32), flips=True)[0], each.mean(0))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
+def test_probability_of_tumour_is_that_of_the_whole_network(version):
+    net = MirrorUNet(version, channels=TINY).eval()
+    x = torch.randn(2, 2, 32, 32, 32)
+    out = net(x)
+    prob, tumor = foreground_probability(net, x)
+    torch.testing.assert_close(prob[:, 0], out.seg.softmax(1)[:, 1], rtol=0, atol=1e-6)
+    assert (tumor is None) == (version != "v3")
+    if version == "v3":
+        torch.testing.assert_close(tumor, out.tumor.sigmoid())
+        image = torch.randn(2, 48, 32, 32)
+        score = predict_image(net, image, (32, 32, 32))[1]
+        windows = [net.segment(image[None, 1:, a : a + 32]).tumor.sigmoid().item() for a in (0, 16)]
+        assert score == pytest.approx(max(windows), rel=1e-5)
+
+
+def test_brain_has_a_map_a_target():
+    for version, k in (("v2", 3), ("v1", 2)):
+        net = MirrorUNet(version, channels=TINY, preset="brain")
+        prob, score = predict_image(net, torch.randn(2, 32, 32, 32), (32, 32, 32))
+        assert prob.shape == (k, 32, 32, 32) and score is None and net.training
+
+
+def test_reconstructions_by_version():
+    image = torch.rand(2, 32, 40, 32)
+    for version, names in (("v1", ["CT"]), ("v2", ["CT", "PET"]), ("v4", [])):
+        made = reconstructions(MirrorUNet(version, channels=TINY), image, (32, 32, 32))
+        assert list(made) == names and all(m.shape == (32, 40, 32) for m in made.values())
+
+
+def ball(shape, centre, radius, affine):
+    """Mask of a ball given in world coordinates (mm)."""
+    ijk = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1)
+    return np.linalg.norm(nib.affines.apply_affine(affine, ijk) - centre, axis=-1) <= radius
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR"])
+def test_a_known_mask_survives_the_way_to_the_network_and_back(tmp_path, codes):
+    """An oracle: the preprocessed label itself is the prediction. Oblique, anisotropic, any axis order."""
+    angle = np.deg2rad(20)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    axes = np.array(nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), (40, 44, 30)))[:3, :3]
+    affine = nib.affines.from_matvec(turn @ axes @ np.diag([3.1, 2.2, 4.5]), [-50, 30, 700])
+    centre = nib.affines.apply_affine(affine, [20, 22, 15])
+    truth = ball((40, 44, 30), centre, 28, affine)
+    suv = np.full(truth.shape, 0.5, np.float32) + 4 * truth
+    for name, array in (("SUV", suv), ("CTres", suv * 0), ("SEG", truth.astype(np.uint8))):
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+    (case,) = data.build_cache(data.find_petct(tmp_path), Recipe(spacing=(2.5, 2.5, 2.5)), tmp_path / "cache", workers=1)
+    (row,) = evaluate(case, case.array("label")[None].astype(np.float32), ("seg",))
+    assert row["dice"] >= 0.97 and row["fpv_ml"] == 0 and row["fnv_ml"] == 0
+    assert row["truth_ml"] == pytest.approx(4 / 3 * math.pi * 2.8**3, rel=0.02)
+
+
+def test_outside_the_network_grid_there_is_nothing():
+    like = nib.Nifti1Image(np.zeros((10, 10, 10)), np.eye(4))
+    inner = nib.affines.from_matvec(np.eye(3), [3, 3, 3])
+    back = to_original(np.ones((4, 4, 4), np.float32), inner, like)
+    assert back.shape == (10, 10, 10) and back[3:7, 3:7, 3:7].min() == 1 and back.sum() == 64
+    assert to_original(np.ones((10, 10, 10), np.float32), np.eye(4), like).min() == 1
