@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -56,8 +56,9 @@ def find_petct(root) -> list[Case]:
     """
     root = Path(root)
     cases = []
-    for suv in sorted(root.rglob("SUV.nii.gz")):
-        folder = suv.parent
+    folders = (Path(path) for path, _, files in os.walk(root, followlinks=True) if "SUV.nii.gz" in files)  # rglob follows no links
+    for folder in sorted(folders):
+        suv = folder / "SUV.nii.gz"
         ct, seg = folder / "CTres.nii.gz", folder / "SEG.nii.gz"
         for path in (ct, seg):
             if not path.exists():
@@ -80,18 +81,23 @@ def find_brain(root) -> list[Case]:
     try:
         meta = json.loads(path.read_text())
         entries = [(path.parent / e["image"], path.parent / e["label"]) for e in meta["training"]]
-    except FileNotFoundError:
+        names = {str(v).lower(): int(k) for k, v in meta.get("modality", {}).items()}
+        labels = {int(code): str(name).lower() for code, name in meta.get("labels", {}).items()}
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: missing; expected the Medical Segmentation Decathlon's layout") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{path}: not a dataset.json with "training": [{{"image": ..., "label": ...}}] ({e!r})') from None
     if not entries:
         raise UserError(f'{path}: "training" lists no cases')
-    names = {str(v).lower(): int(k) for k, v in meta.get("modality", {}).items()}
-    channels = (names.get("t2w", names.get("t2", 3)), names.get("flair", 0))
+    flair = [k for name, k in names.items() if "flair" in name]
+    t2w = [k for name, k in names.items() if "t2" in name and "flair" not in name]
+    if names and not (flair and t2w):
+        raise UserError(f'{path}: "modality" names no T2w and FLAIR among {sorted(names)}')
+    channels = (t2w[0], flair[0]) if names else (3, 0)
     roles = tuple(
-        (int(code), "edema" if "edema" in str(name).lower() else "core")
-        for code, name in meta.get("labels", {}).items()
-        if int(code) and any(word in str(name).lower() for word in ("edema", "tumo", "core", "enhanc", "necro"))
+        (code, "edema" if "edema" in name else "core")
+        for code, name in labels.items()
+        if code and any(word in name for word in ("edema", "tumo", "core", "enhanc", "necro"))
     )
     roles = roles if "edema" in dict(roles).values() else ()
     stem = {image: image.name.split(".nii")[0] for image, _ in entries}
@@ -122,17 +128,19 @@ def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
         image = nib.load(path)
         data = image.get_fdata(dtype=np.float32)
     except Exception as e:  # nibabel, zlib and gzip each have errors of their own for a broken file
-        raise UserError(f"{path}: not a readable NIfTI file, perhaps cut short: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable NIfTI file, perhaps cut short: {(str(e) or repr(e)).splitlines()[0]}") from None
     if data.ndim != ndim:
         raise UserError(f"{path}: expected {ndim} dimensions, found shape {data.shape}")
     if not np.isfinite(data).all():
         raise UserError(f"{path}: {int((~np.isfinite(data)).sum())} voxels are NaN or infinite")
-    return nib.Nifti1Image(data, image.affine)
+    return nib.Nifti1Image(np.ascontiguousarray(data), image.affine)  # files are in Fortran order, in which resampling is 4 x slower
 
 
 def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
-    """Raise UserError unless both images have the same voxels (3D shape, and affine to 0.01 mm)."""
-    if a.shape[:3] != b.shape[:3] or not np.allclose(a.affine, b.affine, atol=1e-2):
+    """Raise UserError unless both images have the same voxels (3D shape, and corners within 0.1 mm)."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
+    apart = nib.affines.apply_affine(a.affine, corners) - nib.affines.apply_affine(b.affine, corners)
+    if a.shape[:3] != b.shape[:3] or np.abs(apart).max() > 0.1:
         raise UserError(f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}: not on one grid; resample one to the other first")
 
 
@@ -169,6 +177,7 @@ def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, nib.Nifti1Image
         return data, pair[0]
     ct, suv = (read_nifti(path) for path in case.images)
     same_grid(ct, suv, *case.images)
+    ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), suv.affine)  # equal up to rounding; the new grids must be equal
     if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
         raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
     ct, suv = (to_grid(image, recipe.orientation, recipe.spacing) for image in (ct, suv))
@@ -180,14 +189,15 @@ def _z_score(data: np.ndarray) -> np.ndarray:
     """(x - mean) / sd of the non-zero voxels, which are the brain; the rest stays 0."""
     brain = data != 0
     values = data[brain] if brain.any() else np.ones(1)
-    return np.where(brain, (data - values.mean()) / max(float(values.std()), 1e-8), 0).astype(np.float32)
+    mean, sd = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+    return np.where(brain & (sd > 1e-6 * abs(mean)), (data - mean) / max(sd, 1e-8), 0).astype(np.float32)
 
 
 def read_label(case: Case) -> nib.Nifti1Image:
     """Labels on the original grid: petct 0/1; brain 0, 1 edema, 2 core, whatever the file's own codes."""
     image = read_nifti(case.label)
     data = image.get_fdata(dtype=np.float32)
-    codes = [int(c) for c in np.unique(data) if c]
+    codes = [int(c) if c == int(c) else float(c) for c in np.unique(data) if c]
     if not case.channels:  # PET/CT
         if codes not in ([], [1]):
             raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}")
@@ -203,6 +213,9 @@ def read_label(case: Case) -> nib.Nifti1Image:
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
+CACHE_VERSION = 2  # raise it when `preprocess` changes, so that older entries are not taken for new ones
+
+
 @dataclass
 class CachedCase:
     """One preprocessed study. The arrays are memory-mapped: a patch reads its own bytes and no more."""
@@ -213,22 +226,16 @@ class CachedCase:
     tumor: bool  # any foreground in the truth
     affine: np.ndarray  # (4, 4) of the cached grid
     case: Case
-    _arrays: dict = field(default_factory=dict, repr=False)
-
-    def __getstate__(self):  # loader workers map the files anew
-        return self.__dict__ | {"_arrays": {}}
 
     def array(self, name: str) -> np.ndarray:
         """ "image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumour."""
-        if name not in self._arrays:
-            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-        return self._arrays[name]
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")  # anew each time: a map that is kept holds a file open
 
 
 def _fingerprint(case: Case, recipe: Recipe) -> str:
     """Changes when the recipe or one of the files does."""
     files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (*case.images, case.label) if p.exists()]
-    text = json.dumps([asdict(recipe), files, case.channels, case.roles])
+    text = json.dumps([CACHE_VERSION, asdict(recipe), files, case.channels, case.roles])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -239,10 +246,11 @@ def preprocess(case: Case, recipe: Recipe) -> dict:
     """
     image, grid = load_images(case, recipe)
     label = read_label(case)
-    same_grid(label, read_header(case.images[-1]), case.label, case.images[-1])
+    header = read_header(case.images[-1])
+    same_grid(label, header, case.label, case.images[-1])
     data = np.asarray(label.dataobj)
     codes = (1,) if recipe.kind == "petct" else (1, 2)
-    soft = [nib.Nifti1Image((data == c).astype(np.float32), label.affine) for c in codes]
+    soft = [nib.Nifti1Image((data == c).astype(np.float32), header.affine) for c in codes]
     soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32) for s in soft])
     best = np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
 
@@ -256,6 +264,7 @@ def preprocess(case: Case, recipe: Recipe) -> dict:
         "label": best,
         "foreground": np.argwhere(best > 0).astype(np.int16),
         "affine": grid.affine @ corner,
+        "tumor": bool(data.any()),  # before resampling, which may lose a tiny one
     }
 
 
@@ -264,7 +273,7 @@ def read_header(path) -> nib.Nifti1Image:
     try:
         return nib.load(path)
     except Exception as e:
-        raise UserError(f"{path}: not a readable NIfTI file: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable NIfTI file: {(str(e) or repr(e)).splitlines()[0]}") from None
 
 
 def _cache_one(job: tuple[Case, Recipe, Path]) -> None:
@@ -275,12 +284,15 @@ def _cache_one(job: tuple[Case, Recipe, Path]) -> None:
     part.mkdir(parents=True, exist_ok=True)
     for name in ("image", "label", "foreground"):
         np.save(part / f"{name}.npy", np.ascontiguousarray(arrays[name]))
-    meta = {"affine": arrays["affine"].tolist(), "tumor": bool(len(arrays["foreground"]))}
+    meta = {"affine": arrays["affine"].tolist(), "tumor": arrays["tumor"]}
     (part / "case.json").write_text(json.dumps(meta))
     try:
         part.rename(folder)
-    except OSError:  # another process was faster: its entry is as good
+    except OSError:
         shutil.rmtree(part)
+        if not folder.exists():
+            raise
+        # Else another process was faster, and its entry is as good.
 
 
 def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = None) -> list[CachedCase]:
@@ -334,10 +346,12 @@ def read_splits(path, cases) -> list[dict[str, list[str]]]:
     """
     try:
         splits = json.loads(Path(path).read_text())
-        splits = [{side: list(fold[side]) for side in ("train", "val")} for fold in splits]
+        splits = [{side: [str(name) for name in fold[side]] for side in ("train", "val")} for fold in splits]
+        if not splits:
+            raise ValueError("no folds")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f'{path}: expected a JSON list of {{"train": [names], "val": [names]}} ({e!r})') from None
     of = {c.patient: [d.name for d in cases if d.patient == c.patient] for c in cases} | {c.name: [c.name] for c in cases}
     patient = {c.name: c.patient for c in cases}
@@ -424,7 +438,7 @@ def read_patch(case: CachedCase, centre, size, params: dict) -> tuple[np.ndarray
         image = np.stack([ndimage.affine_transform(c.astype(np.float32), order=1, **turn) for c in image])
         label = ndimage.affine_transform(label, order=0, **turn)
     if params["flip"]:
-        image, label = np.flip(image, [1 + a for a in params["flip"]]), np.flip(label, params["flip"])
+        image, label = np.flip(image, [1 + a for a in params["flip"]]).copy(), np.flip(label, params["flip"]).copy()
     gain, shift = (np.asarray(params[k], np.float32).reshape(2, 1, 1, 1) for k in ("gain", "shift"))
     return image * gain + shift, np.ascontiguousarray(label)
 
@@ -447,6 +461,8 @@ class PatchDataset(Dataset):
         return self.length
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
+        if not 0 <= n < self.length:
+            raise IndexError(n)  # ends `for item in dataset`
         round_, place = divmod(n // self.per_case, len(self.cases))
         case = self.cases[random_stream(self.seed, 1, round_).permutation(len(self.cases))[place]]
         rng = random_stream(self.seed, 2, n)
@@ -480,9 +496,9 @@ def make_targets(batch: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def corrupt_ct(image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3) -> Tensor:
-    """A copy of (B, 2, D, H, W) whose channel 0, the CT, is corrupted; PET is untouched, and the caller keeps the clean one.
+    """(B, 2, D, H, W) -> a copy with channel 0, the CT, corrupted; PET is untouched, and the caller keeps the clean one.
 
-    how: "none" | "noise", Gaussian of standard deviation sigma | "shuffle", the voxels inside `cubes` random cubes of side `size`
+    how: "none" (the input itself, no copy) | "noise", Gaussian of standard deviation sigma | "shuffle", the voxels inside `cubes` random cubes of side `size`
     (or the patch's side, where that is smaller) are permuted. keys: (B,) integers, the seed of each sample.
     """
     if how == "none":

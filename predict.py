@@ -145,3 +145,24 @@ def evaluate(case: CachedCase, prob: np.ndarray, targets: tuple[str, ...]) -> li
         true = {"seg": labels > 0, "whole": labels > 0, "core": labels == 2, "edema": labels == 1}[name]
         rows.append({"case": case.name, "target": name, **case_metrics(mask, true, spacing)})
     return rows
+
+
+def suv_threshold(train: list[CachedCase], val: list[CachedCase]) -> tuple[float, list[dict]]:
+    """What no network at all would reach: "tumour is where PET > t", with the t that is best on the training studies.
+
+    Returns t as a share of the SUV window, and the metrics of each held-out study on the network's grid.
+    """
+    thresholds = np.linspace(0.02, 0.98, 49)
+    scores = np.zeros(len(thresholds))
+    for case in train:
+        if not case.tumor:
+            continue
+        pet, truth = case.array("image")[1].ravel(), case.array("label").ravel() > 0
+        counts = [np.histogram(p, bins=[*thresholds, np.inf])[0][::-1].cumsum()[::-1] for p in (pet, pet[truth])]
+        scores += 2 * counts[1] / (counts[0] + truth.sum())  # Dice of every threshold from two histograms
+    best = float(thresholds[scores.argmax()])
+    rows = []
+    for case in val:
+        mask = np.asarray(case.array("image")[1]) >= best
+        rows.append({"case": case.name, **case_metrics(mask, case.array("label"), nib.affines.voxel_sizes(case.affine))})
+    return best, rows

@@ -39,7 +39,7 @@ from data import Augmentation, Recipe, UserError
 from losses import MirrorLoss
 from metrics import mean_of, patient_metrics
 from mirror_unet import MirrorUNet
-from predict import TARGETS, evaluate, predict_image, reconstructions
+from predict import TARGETS, evaluate, predict_image, reconstructions, suv_threshold
 
 
 def opt(default, help: str):
@@ -134,7 +134,10 @@ PRESETS: dict[str, dict] = {
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Command line -> Config: defaults < preset (--resume: the run's own config) < options. A --steps without --minutes lifts the preset's time limit."""
+    """Command line -> Config: defaults < preset (--resume: the run's own config) < options.
+
+    A --steps without --minutes lifts the preset's time limit.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), help="recipe to start from; default: the laptop-sized one of --data")
     for f in dataclasses.fields(Config):
@@ -404,7 +407,18 @@ class Run:
         if last:
             write_table(rows, self.folder / "validation.csv")
             print_table(rows, self.targets)
+            if self.c.kind == "petct":
+                self.compare_threshold()
             self.draw(rows, probs)
+
+    def compare_threshold(self) -> None:
+        """A line below the table: the same held-out studies, segmented by the best threshold on SUV."""
+        best, rows = suv_threshold(self.train_cases, self.val_cases)
+        low, high = self.c.suv_window
+        summary = {k: mean_of(rows, k) for k in ("dice", "fpv_ml", "fnv_ml")}
+        self.log({"step": self.step, "suv_threshold": low + best * (high - low), **summary})
+        numbers = f"Dice {summary['dice']:.3f}, FPV {summary['fpv_ml']:.1f} ml, FNV {summary['fnv_ml']:.1f} ml"
+        print(f"for comparison, SUV > {low + best * (high - low):.1f}, the best threshold on the training studies: {numbers}")
 
     def draw(self, rows: list[dict], probs: dict[str, np.ndarray]) -> None:
         """validation.png: the best, the middle and the worst case."""

@@ -187,8 +187,9 @@ def test_t2w_comes_first_and_flair_second_wherever_the_file_has_them(tmp_path, m
 @pytest.mark.parametrize(
     "text",
     [
-        "not json", "", "[]", "null", "3", "{}", '{"training": null}', '{"training": [1]}', '{"training": ["a.nii.gz"]}', '{"training": []}',
-        '{"training": [{"image": "a.nii.gz"}]}', b"\x80\x04\xff", json.dumps({"training": TRAINING, "modality": ["FLAIR", "T2w"]}),
+        "not json", "", "[]", "null", "3", "{}", '{"training": null}', '{"training": [1]}', '{"training": ["a.nii.gz"]}',
+        '{"training": []}', '{"training": [{"image": "a.nii.gz"}]}', b"\x80\x04\xff",
+        json.dumps({"training": TRAINING, "modality": ["FLAIR", "T2w"]}),
         json.dumps({"training": TRAINING, "labels": {"background": "nothing", "edema": "1"}}),
     ],
 )  # fmt: skip
@@ -449,6 +450,17 @@ def test_edema_and_core_keep_their_volumes_and_leave_no_gap_between_them(tmp_pat
     assert len(out["foreground"]) == whole.sum()
 
 
+def test_the_whole_tumour_is_what_it_would_be_as_one_label(tmp_path):
+    """Where edema, core and background meet, none of the three has half of a voxel."""
+    rng, affine = np.random.default_rng(0), grid("RAS", (1.3, 1.4, 1.7))
+    label = rng.integers(0, 3, (20, 20, 20)).astype(np.uint8)
+    out = data.preprocess(brain(tmp_path, rng.random((20, 20, 20, 4)), label, affine), BRAIN_RECIPE)
+    soft = to_grid(nib.Nifti1Image((label > 0).astype(np.float32), affine), "RAS", (1, 1, 1)).get_fdata()
+    clear = np.abs(soft - 0.5) > 1e-4
+    assert soft.shape == out["label"].shape and clear.mean() > 0.9
+    assert np.array_equal((out["label"] > 0)[clear], (soft > 0.5)[clear])
+
+
 def test_on_its_own_grid_a_label_is_unchanged(tmp_path):
     rng = np.random.default_rng(0)
     seg = rng.random((9, 8, 7)) < 0.3
@@ -509,7 +521,9 @@ def test_several_processes_make_the_same_cache_and_report_the_same_error(studies
 
 
 def test_a_case_is_made_anew_when_a_file_or_the_recipe_changes_and_only_then(studies, tmp_path, made):
-    def build(recipe=Recipe(), cases=studies):
+    default = Recipe()
+
+    def build(recipe=default, cases=studies):
         made.clear()
         return data.build_cache(cases, recipe, tmp_path / "cache", workers=1)
 
@@ -734,12 +748,12 @@ def test_item_n_is_a_function_of_seed_and_n_whatever_the_workers_and_the_start(t
 
 def test_the_global_random_state_is_neither_read_nor_written(three):
     items = PatchDataset(three, (8, 8, 8), 9, 0, EVERYTHING)
-    np.random.seed(0), torch.manual_seed(0)
-    first, states = [items[n] for n in range(9)], (np.random.get_state()[1].copy(), torch.get_rng_state())
-    np.random.seed(1), torch.manual_seed(1)
-    assert same([items[n] for n in range(9)], first)
-    np.random.seed(0), torch.manual_seed(0)
-    assert same((np.random.get_state()[1], torch.get_rng_state()), states)
+    first = [items[n] for n in range(9)]
+    for seed in (0, 1):
+        np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002 (the legacy state is what must stay as it is)
+        states = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+        assert same([items[n] for n in range(9)], first)
+        assert same((np.random.get_state()[1], torch.get_rng_state()), states)  # noqa: NPY002
 
 
 def test_an_item_has_the_promised_shapes_and_types(three):
@@ -941,6 +955,7 @@ def test_probabilities_and_ranges_of_the_augmentation():
     scale = np.cbrt(np.linalg.det(matrix))
     turned = np.abs(matrix / scale[:, None, None] - np.eye(3)).max((1, 2)) > 1e-9
     assert turned.mean() == pytest.approx(0.2, abs=0.03) and (np.abs(scale - 1) > 1e-9).mean() == pytest.approx(0.2, abs=0.03)
+    assert 0.8 <= 1 / scale.max() < 0.81 and 1.19 < 1 / scale.min() <= 1.2  # a patch reads 1 / zoom of its size
     for values, neutral in ((gain, 1), (shift, 0)):
         active = values != neutral
         assert active.mean(0) == pytest.approx([0.3, 0.3], abs=0.03)
@@ -1035,8 +1050,8 @@ def test_shuffling_moves_voxels_only_inside_its_cubes(size, cubes):
 
 def test_cubes_reach_every_corner_of_the_patch():
     x, hit = serial(1, 2, 6, 5, 7), torch.zeros(6, 5, 7, dtype=bool)
-    for key in range(200):
-        hit |= (corrupt_ct(x, "shuffle", torch.tensor([key]), 4) != x)[0, 0]
+    for n in range(200):  # the high half of a key counts too
+        hit |= (corrupt_ct(x, "shuffle", torch.tensor([n << 33]), 4) != x)[0, 0]
     assert hit.all()
 
 
@@ -1125,7 +1140,15 @@ def test_the_permutation_is_as_random_as_a_random_one(size):
 
 @pytest.mark.parametrize(
     "corners,size",
-    [([[[0, 0, 3]]], 3), ([[[-1, 0, 0]]], 3), ([[[0, 0, 0]]], 6), ([[[0, 0, 0]]], 0), ([[0, 0, 0]], 3), ([[[0, 0]]], 3), ([[[0, 0, 0]]] * 2, 3)],
+    [
+        ([[[0, 0, 3]]], 3),
+        ([[[-1, 0, 0]]], 3),
+        ([[[0, 0, 0]]], 6),
+        ([[[0, 0, 0]]], 0),
+        ([[0, 0, 0]], 3),
+        ([[[0, 0]]], 3),
+        ([[[0, 0, 0]]] * 2, 3),
+    ],
 )
 def test_cubes_outside_the_volume_or_of_a_wrong_shape_are_refused(corners, size):
     with pytest.raises(ValueError):

@@ -10,12 +10,24 @@ import torch
 import data
 from data import Recipe
 from mirror_unet import MirrorUNet
-from predict import evaluate, foreground_probability, gaussian_window, predict_image, reconstructions, sliding_window, to_original, window_starts
+from predict import (
+    evaluate,
+    foreground_probability,
+    gaussian_window,
+    predict_image,
+    reconstructions,
+    sliding_window,
+    suv_threshold,
+    to_original,
+    window_starts,
+)
 
 TINY = (2, 3, 4, 5, 6)
 
 
-@pytest.mark.parametrize("shape,size,overlap", [((40, 33, 16), (16, 16, 16), 0.5), ((17, 16, 50), (16, 8, 24), 0.25), ((9, 9, 9), (8, 8, 8), 0.0)])
+@pytest.mark.parametrize(
+    "shape,size,overlap", [((40, 33, 16), (16, 16, 16), 0.5), ((17, 16, 50), (16, 8, 24), 0.25), ((9, 9, 9), (8, 8, 8), 0.0)]
+)
 def test_windows_cover_every_voxel_and_stay_inside(shape, size, overlap):
     seen = np.zeros(shape, int)
     for start in window_starts(shape, size, overlap):
@@ -127,3 +139,20 @@ def test_outside_the_network_grid_there_is_nothing():
     back = to_original(np.ones((4, 4, 4), np.float32), inner, like)
     assert back.shape == (10, 10, 10) and back[3:7, 3:7, 3:7].min() == 1 and back.sum() == 64
     assert to_original(np.ones((10, 10, 10), np.float32), np.eye(4), like).min() == 1
+
+
+def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path):
+    """Tumour at SUV 6, a hot organ at 9 that is none: the best single threshold lies below both, and pays with false positives."""
+    suv, seg = np.full((24, 24, 24), 0.3, np.float32), np.zeros((24, 24, 24), np.uint8)
+    seg[4:12, 4:12, 4:12] = 1  # 512 voxels
+    suv[seg > 0] = 6
+    suv[16:20, 16:20, 16:20] = 9  # 64 voxels
+    for i in range(2):
+        folder = tmp_path / f"P{i}"
+        folder.mkdir()
+        for name, array in (("SUV", suv), ("CTres", suv * 0), ("SEG", seg)):
+            nib.save(nib.Nifti1Image(array, np.diag([-2.0, 2.0, 3.0, 1.0])), folder / f"{name}.nii.gz")
+    a, b = data.build_cache(data.find_petct(tmp_path), Recipe(), tmp_path / "cache", workers=1)
+    best, (row,) = suv_threshold([a], [b])
+    assert 0.3 / 15 < best <= 6 / 15
+    assert row["dice"] == pytest.approx(2 * 512 / (576 + 512)) and row["fpv_ml"] == pytest.approx(64 * 0.012)

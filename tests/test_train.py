@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import phantom
 import train
-from conftest import ROOT
 from data import UserError
 from train import PRESETS, Config, Run, learning_rate, load_cases, main, parse_config, prepare_folder, summarise
 
@@ -37,7 +37,19 @@ def brain_root(tmp_path_factory):
 @pytest.fixture
 def arguments(petct_root, tmp_path):
     """Of a run of seconds; its cache is shared with the session's other runs."""
-    return ["--data", "petct", "--root", str(petct_root), "--cache", str(petct_root.parent / "cache"), "--folds", "2", "--out", str(tmp_path / "run"), *SMALL]
+    return [
+        "--data",
+        "petct",
+        "--root",
+        str(petct_root),
+        "--cache",
+        str(petct_root.parent / "cache"),
+        "--folds",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+        *SMALL,
+    ]
 
 
 def make_run(args):
@@ -143,9 +155,13 @@ def test_the_brain_trains(brain_root, tmp_path, model):
     assert [r["target"] for r in rows] == (["core", "whole", "edema"] if model == "v2" else ["core", "edema"])
 
 
-@pytest.mark.parametrize("options", [[], ["--optimizer", "sgd", "--lr", "0.01"], ["--norm", "batch"], ["--amp", "bf16"], ["--no-channels-last"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--optimizer", "sgd", "--lr", "0.01"], ["--norm", "batch"], ["--amp", "bf16"], ["--no-channels-last"]]
+)
 def test_the_loss_falls_on_one_batch(arguments, options):
-    run = make_run([*arguments, "--model", "v2", "--steps", "1000", "--lr", "0.01", "--schedule", "constant", "--corrupt", "none", *options])
+    run = make_run(
+        [*arguments, "--model", "v2", "--steps", "1000", "--lr", "0.01", "--schedule", "constant", "--corrupt", "none", *options]
+    )
     batch = next(iter(train.DataLoader(run.patches, 2)))
     values = [run.train_step(batch)["loss"] for _ in range(25)]
     assert all(map(math.isfinite, values)) and sum(values[-3:]) < 0.8 * sum(values[:3])
