@@ -498,8 +498,8 @@ def make_targets(batch: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 def corrupt_ct(image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3) -> Tensor:
     """(B, 2, D, H, W) -> a copy with channel 0, the CT, corrupted; PET is untouched, and the caller keeps the clean one.
 
-    how: "none" (the input itself, no copy) | "noise", Gaussian of standard deviation sigma | "shuffle", the voxels inside `cubes` random cubes of side `size`
-    (or the patch's side, where that is smaller) are permuted. keys: (B,) integers, the seed of each sample.
+    how: "none" (the input itself, no copy) | "noise", Gaussian of standard deviation sigma | "shuffle", the voxels inside `cubes`
+    random cubes of side `size` (or the patch's side, where that is smaller) are permuted. keys: (B,) integers, a seed a sample.
     """
     if how == "none":
         return image

@@ -225,7 +225,7 @@ class MirrorUNet(nn.Module):
             self.ct_weight = nn.Parameter(w) if learnable else nn.Buffer(w)
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
-        self._check(x, channels=2)
+        self.check_input(x.shape, channels=2)
         ct_deep, ct_skips = self.ct.encode(x[:, 0:1])
         pet_deep, pet_skips = self.pet.encode(x[:, 1:2])
         ct = self.ct.decode(ct_deep, ct_skips)
@@ -246,19 +246,19 @@ class MirrorUNet(nn.Module):
         """
         if self.version == "v4" or self.preset == "brain":
             raise ValueError(f"{self.preset} {self.version} reads both modalities: call the model itself with both")
-        self._check(pet, channels=1)
+        self.check_input(pet.shape, channels=1)
         deep, skips = self.pet.encode(pet)
         return MirrorOutput(seg=self.pet.decode(deep, skips), tumor=self.classifier(deep) if self.version == "v3" else None)
 
-    def _check(self, x: Tensor, channels: int) -> None:
-        """Refuse, in a sentence, sizes that would fail or mislead deep inside."""
-        if x.dim() != 5 or x.shape[1] != channels:
-            raise ValueError(f"expected (B, {channels}, D, H, W), got {tuple(x.shape)}")
-        size = tuple(x.shape[2:])
+    def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
+        """Refuse, in a sentence, a shape (B, C, D, H, W) that would fail or mislead deep inside: ValueError."""
+        if len(shape) != 5 or shape[1] != channels:
+            raise ValueError(f"expected (B, {channels}, D, H, W), got {tuple(shape)}")
+        size = tuple(shape[2:])
         if any(s % 16 or s == 0 for s in size):
             fit = tuple(max(16, 16 * round(s / 16)) for s in size)
             raise ValueError(f"size {size}: four strides of 2 need multiples of 16; use {fit}, for example")
-        values = prod(s // 16 for s in size) * (len(x) if self.norm == "batch" else 1)
+        values = prod(s // 16 for s in size) * (shape[0] if self.norm == "batch" else 1)
         if values < 2 and (self.norm == "instance" or self.training):
             raise ValueError(f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use 32 or more on a side")
 

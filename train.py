@@ -229,9 +229,11 @@ def build_model(c: Config) -> nn.Module:
     torch.manual_seed(c.seed)
     try:
         weight = c.ct_weight if c.ct_weight == "learnable" else float(c.ct_weight)
-        return MirrorUNet(c.model, c.share, c.channels, c.norm, c.kind, weight)
+        net = MirrorUNet(c.model, c.share, c.channels, c.norm, c.kind, weight)
+        net.check_input((c.batch, 2, *c.patch))
+        return net
     except ValueError as e:
-        raise UserError(f"--model {c.model}: {e}") from None
+        raise UserError(f"--model {c.model} --patch {' '.join(map(str, c.patch))}: {e}") from None
 
 
 def build_optimizer(c: Config, net: nn.Module) -> torch.optim.Optimizer:
@@ -494,6 +496,7 @@ def prepare_folder(c: Config) -> None:
 
 def main(argv: list[str]) -> None:
     c = parse_config(argv)
+    build_model(c)  # refuses what cannot be built before any data are read
     train, val = load_cases(c)
     prepare_folder(c)
     run = Run(c, train, val)

@@ -244,7 +244,8 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
     def call(*args):
         return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], capture_output=True, text=True, cwd=tmp_path)
 
-    for args in (["--data", "petct", "--root", str(tmp_path)], ["--model", "v9", "--data", "petct", "--root", str(tmp_path)]):
+    petct = ["--data", "petct", "--root", str(tmp_path)]
+    for args in (petct, [*petct, "--model", "v9"], [*petct, "--patch", "40", "32", "32"], ["--channels", "4", "8"]):
         done = call(*args)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "runs").exists()
