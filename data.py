@@ -380,6 +380,7 @@ class Augmentation:
     zoom: float = 0.2
     intensity: float = 0.0  # probability, each channel; x (1 +- `contrast`) + (+- `contrast`)
     contrast: float = 0.1
+    gamma: float = 0.0  # probability, each channel; sign(x) |x|^g, log2 g within +- 1
 
 
 def random_stream(*key: int) -> np.random.Generator:
@@ -396,11 +397,13 @@ def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
     zoom = 1 + aug.zoom * (2 * u[4] - 1) * (u[3] < aug.scale)
     active = u[8:10] < aug.intensity
     v = 2 * rng.random(4) - 1
+    w = rng.random(4)
     return {
         "matrix": turn / zoom,  # output offset -> input offset
         "flip": [axis for axis in range(3) if u[5 + axis] < aug.flip],
         "gain": 1 + aug.contrast * v[:2] * active,  # (2,) a channel
         "shift": aug.contrast * v[2:] * active,
+        "gamma": 2.0 ** ((2 * w[:2] - 1) * (w[2:] < aug.gamma)),
     }
 
 
@@ -439,7 +442,9 @@ def read_patch(case: CachedCase, centre, size, params: dict) -> tuple[np.ndarray
         label = ndimage.affine_transform(label, order=0, **turn)
     if params["flip"]:
         image, label = np.flip(image, [1 + a for a in params["flip"]]).copy(), np.flip(label, params["flip"]).copy()
-    gain, shift = (np.asarray(params[k], np.float32).reshape(2, 1, 1, 1) for k in ("gain", "shift"))
+    gain, shift, gamma = (np.asarray(params[k], np.float32).reshape(2, 1, 1, 1) for k in ("gain", "shift", "gamma"))
+    if (gamma != 1).any():
+        image = np.sign(image) * np.abs(image) ** gamma
     return image * gain + shift, np.ascontiguousarray(label)
 
 

@@ -824,7 +824,7 @@ def test_healthy_patients_and_patients_that_are_all_tumour_give_patches(tmp_path
 
 # ----------------------------------------------------------------------------------------------------- crop and padding
 def read(case, centre, size, **params):
-    still = {"matrix": np.eye(3), "flip": [], "gain": np.ones(2), "shift": np.zeros(2)}
+    still = {"matrix": np.eye(3), "flip": [], "gain": np.ones(2), "shift": np.zeros(2), "gamma": np.ones(2)}
     return data.read_patch(case, centre, size, still | params)
 
 
@@ -961,6 +961,9 @@ def test_probabilities_and_ranges_of_the_augmentation():
         assert active.mean(0) == pytest.approx([0.3, 0.3], abs=0.03)
         assert np.abs(values - neutral).max() <= 0.1 and np.abs(values - neutral).max() > 0.09
     assert ((gain[:, 0] != 1) & (gain[:, 1] != 1)).mean() == pytest.approx(0.09, abs=0.02)  # the channels on their own
+    assert all((d["gamma"] == 1).all() for d in draws)
+    gamma = np.array([data.draw_augmentation(data.random_stream(n), Augmentation(gamma=0.3))["gamma"] for n in range(2000)])
+    assert (gamma != 1).mean(0) == pytest.approx([0.3, 0.3], abs=0.03) and 0.5 <= gamma.min() < 0.51 and 1.97 < gamma.max() <= 2
 
 
 def test_switching_one_part_off_leaves_the_others_as_they_are():
@@ -976,6 +979,9 @@ def test_intensities_by_hand(tmp_path):
     case = entry(tmp_path / "c", np.eye(3)[None].repeat(3, 0), np.full((2, 3, 3, 3), 0.5))
     image, label = read(case, (1, 1, 1), (3, 3, 3), gain=np.array((1.5, 0.5)), shift=np.array((0.25, -0.25)))
     assert (image[0] == 1).all() and (image[1] == 0).all()  # 0.5 x 1.5 + 0.25 and 0.5 x 0.5 - 0.25
+    case = entry(tmp_path / "d", np.eye(3)[None].repeat(3, 0), np.full((2, 3, 3, 3), -0.25))
+    bent = read(case, (1, 1, 1), (3, 3, 3), gamma=np.array((0.5, 2.0)))[0]
+    assert (bent[0] == -0.5).all() and (bent[1] == -0.0625).all()  # the sign is kept
     assert np.array_equal(label, case.array("label"))
 
 

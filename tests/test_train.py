@@ -106,6 +106,7 @@ def test_the_corruption_follows_the_version():
         ("--optimizer lion", "adam, adamw, sgd"),
         ("--patch 32 32", "takes 3 numbers"),
         ("--amp fp16 --device cpu", "bf16"),
+        ("--amp bf16 --device cpu --patch 32 32 32", "not 32"),
         ("--corrupt blur", "none, noise, shuffle"),
         ("--resume --out nowhere", "no run to resume"),
     ],
