@@ -5,8 +5,7 @@ So far each runs in plain PyTorch, on any device. A file here stands alone (it n
 
 from .dice_ce import dice_ce_ref
 from .dice_ce import dice_ce_ref as dice_ce
-from .norm_act import norm_act_ref
-from .norm_act import norm_act_ref as norm_act
+from .norm_act import norm_act, norm_act_ref
 from .voxel_shuffle import voxel_shuffle_ref
 from .voxel_shuffle import voxel_shuffle_ref as voxel_shuffle
 
