@@ -373,7 +373,8 @@ def read_splits(path, cases) -> list[dict[str, list[str]]]:
 class Augmentation:
     """Probabilities and ranges. The paper's AutoPET recipe is flip 0.5, rotate 0.2, scale 0.2."""
 
-    flip: float = 0.5  # of each axis
+    flip: float = 0.5  # probability, of each axis in `flip_axes`
+    flip_axes: tuple[int, ...] = (0, 1, 2)  # 0 is left-right: what a body, with its bladder below and brain above, allows
     rotate: float = 0.0  # probability; by up to `degrees` about one axis
     degrees: float = 30.0
     scale: float = 0.0  # probability; by a factor within 1 +- `zoom`
@@ -400,7 +401,7 @@ def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
     w = rng.random(4)
     return {
         "matrix": turn / zoom,  # output offset -> input offset
-        "flip": [axis for axis in range(3) if u[5 + axis] < aug.flip],
+        "flip": [axis for axis in aug.flip_axes if u[5 + axis] < aug.flip],
         "gain": 1 + aug.contrast * v[:2] * active,  # (2,) a channel
         "shift": aug.contrast * v[2:] * active,
         "gamma": 2.0 ** ((2 * w[:2] - 1) * (w[2:] < aug.gamma)),

@@ -5,7 +5,7 @@ probabilities (not the logits) are averaged: one map a target, nothing else is k
 """
 
 from collections.abc import Callable
-from itertools import product
+from itertools import combinations, product
 
 import nibabel as nib
 import numpy as np
@@ -86,20 +86,21 @@ def foreground_probability(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flips=False, autocast=None) -> tuple[Tensor, float | None]:
+def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), autocast=None) -> tuple[Tensor, float | None]:
     """Probability maps (K, D, H, W) of a preprocessed study (2, D, H, W), and its score: the highest "tumour" probability of a window.
 
-    flips: average over the eight mirror images (test-time augmentation). autocast: a context for mixed precision.
+    flip_axes: average over the mirror images along all combinations of these axes (test-time augmentation): give only axes that
+    training mirrored too. autocast: a context for mixed precision.
     """
     scores: list[Tensor] = []
-    axes = [f for n in range(8) for f in [[d for d in (2, 3, 4) if n >> (d - 2) & 1]]] if flips else [[]]
+    flips = [[2 + axis for axis in some] for n in range(len(flip_axes) + 1) for some in combinations(flip_axes, n)]
 
     def predict(x: Tensor) -> Tensor:
         mean, score = 0.0, 0.0
-        for flip in axes:
+        for flip in flips:
             prob, tumor = foreground_probability(model, x.flip(flip))
-            mean = mean + prob.flip(flip) / len(axes)
-            score = score if tumor is None else score + tumor / len(axes)
+            mean = mean + prob.flip(flip) / len(flips)
+            score = score if tumor is None else score + tumor / len(flips)
         if tumor is not None:
             scores.append(score)
         return mean

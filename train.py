@@ -68,6 +68,7 @@ class Config:
     per_case: int = opt(4, "patches in a row from one study")
     positive: float = opt(2 / 3, "probability of a patch centred on tumour")
     flip: float = opt(0.5, "probability of mirroring, an axis")
+    flip_axes: tuple[int, ...] = opt((0, 1, 2), "axes that are mirrored; 0 is left-right")
     rotate: float = opt(0.0, "probability of a rotation by up to 30 degrees")
     scale: float = opt(0.0, "probability of scaling by up to 20 %")
     intensity: float = opt(0.0, "probability of a gain and shift of up to 0.1, a channel")
@@ -105,7 +106,7 @@ class Config:
     # validation
     validations: int = opt(5, "how often a run is validated, the last time at its end")
     overlap: float = opt(0.5, "of sliding windows")
-    flips: bool = opt(True, "average over the eight mirror images in the last validation")
+    flips: bool = opt(True, "average over the mirror images along --flip-axes in the last validation")
     # the run folder
     out: str = opt("", "run folder; default runs/DATA-MODEL-foldK, numbered where it exists")
     overwrite: bool = opt(False, "replace a run folder that exists")
@@ -119,7 +120,9 @@ class Config:
 LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw")
 PRESETS: dict[str, dict] = {
     # laptop-sized, the default of each --data
-    "phantom": LAPTOP | dict(spacing=(4.0, 4.0, 4.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=4.0),
+    "phantom": LAPTOP | dict(
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.0, lr=2e-3, flip_axes=(0,), validations=3,
+    ),
     "petct": LAPTOP | dict(spacing=(4.0, 4.0, 4.0), patch=(64, 64, 64), minutes=22.0),
     "brain": LAPTOP | dict(spacing=(2.0, 2.0, 2.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=10.0),
     # the paper's
@@ -273,7 +276,7 @@ class Run:
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # seconds: spent on steps
         self.stopping = False
         self.targets = tuple(t for t in TARGETS[c.kind] if not (t == "whole" and c.model == "v1"))
-        aug = Augmentation(c.flip, c.rotate, scale=c.scale, intensity=c.intensity, gamma=c.gamma)
+        aug = Augmentation(c.flip, c.flip_axes, c.rotate, scale=c.scale, intensity=c.intensity, gamma=c.gamma)
         self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch, c.seed, aug, c.positive, c.per_case)
 
     # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -388,16 +391,16 @@ class Run:
         self.validate(last=True)
 
     # -------------------------------------------------------------------------------------------------------- validation
-    def predict(self, case: data.CachedCase, flips: bool) -> tuple[np.ndarray, float | None]:
+    def predict(self, case: data.CachedCase, flip_axes: tuple[int, ...]) -> tuple[np.ndarray, float | None]:
         image = torch.from_numpy(case.array("image").astype(np.float32)).to(self.device)
-        prob, score = predict_image(self.mean_net, image, self.c.patch, self.c.overlap, self.c.batch, flips, self.autocast())
+        prob, score = predict_image(self.mean_net, image, self.c.patch, self.c.overlap, self.c.batch, flip_axes, self.autocast())
         return prob.cpu().numpy(), score
 
     def validate(self, last: bool) -> None:
         """Metrics of every held-out case on its original grid; the last time also the table, the csv and the pictures."""
         rows, probs = [], {}
         for case in tqdm(self.val_cases, desc="validation", unit="case", leave=False):
-            prob, score = self.predict(case, flips=last and self.c.flips)
+            prob, score = self.predict(case, self.c.flip_axes if last and self.c.flips else ())
             case_rows = evaluate(case, prob, self.targets)
             rows += [r | {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score} for r in case_rows]
             probs[case.name] = prob[0] if self.c.kind == "petct" else prob[self.targets.index("core")]

@@ -950,7 +950,7 @@ def test_a_quarter_turn_by_hand(tmp_path):
 
 
 def test_probabilities_and_ranges_of_the_augmentation():
-    draws = [data.draw_augmentation(data.random_stream(n), Augmentation(0.5, 0.2, 30, 0.2, 0.2, 0.3, 0.1)) for n in range(2000)]
+    draws = [data.draw_augmentation(data.random_stream(n), Augmentation(0.5, (0, 1, 2), 0.2, 30, 0.2, 0.2, 0.3, 0.1)) for n in range(2000)]
     matrix, gain, shift = (np.array([d[k] for d in draws]) for k in ("matrix", "gain", "shift"))
     scale = np.cbrt(np.linalg.det(matrix))
     turned = np.abs(matrix / scale[:, None, None] - np.eye(3)).max((1, 2)) > 1e-9
@@ -968,9 +968,9 @@ def test_probabilities_and_ranges_of_the_augmentation():
 
 def test_switching_one_part_off_leaves_the_others_as_they_are():
     for n in range(50):
-        on = data.draw_augmentation(data.random_stream(n), Augmentation(0.5, 1, 30, 0, 0.2, 1, 0.1))
-        no_flip = data.draw_augmentation(data.random_stream(n), Augmentation(0, 1, 30, 0, 0.2, 1, 0.1))
-        no_turn = data.draw_augmentation(data.random_stream(n), Augmentation(0.5, 0, 30, 0, 0.2, 1, 0.1))
+        on = data.draw_augmentation(data.random_stream(n), Augmentation(0.5, (0, 1, 2), 1, 30, 0, 0.2, 1, 0.1))
+        no_flip = data.draw_augmentation(data.random_stream(n), Augmentation(0, (0, 1, 2), 1, 30, 0, 0.2, 1, 0.1))
+        no_turn = data.draw_augmentation(data.random_stream(n), Augmentation(0.5, (0, 1, 2), 0, 30, 0, 0.2, 1, 0.1))
         assert same([on[k] for k in ("matrix", "gain", "shift")], [no_flip[k] for k in ("matrix", "gain", "shift")])
         assert on["flip"] == no_turn["flip"] and same(on["gain"], no_turn["gain"]) and np.allclose(no_turn["matrix"], np.eye(3))
 

@@ -76,7 +76,8 @@ def test_mirroring_at_test_time_averages_the_eight_mirror_images():
     image = torch.randn(2, 32, 32, 32)
     flips = [f for f in ([], [1], [2], [3], [1, 2], [1, 3], [2, 3], [1, 2, 3])]
     each = torch.stack([predict_image(net, image.flip(f), (32, 32, 32))[0].flip(f) for f in flips])
-    torch.testing.assert_close(predict_image(net, image, (32, 32, 32), flips=True)[0], each.mean(0))
+    torch.testing.assert_close(predict_image(net, image, (32, 32, 32), flip_axes=(0, 1, 2))[0], each.mean(0))
+    torch.testing.assert_close(predict_image(net, image, (32, 32, 32), flip_axes=(1,))[0], each[[0, 2]].mean(0))
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
