@@ -249,7 +249,7 @@ def _lesions(c: _Canvas, key, visit_rng, uptake, ct, suv) -> np.ndarray:
         rng = np.random.default_rng([*key, j])
         kind = rng.choice(list(SITES), p=[site[0] for site in SITES.values()])
         centre, spread, largest = SITES[kind][rng.integers(1, len(SITES[kind]))]
-        radius = growth * (largest * rng.uniform(.72, 1) if j == 0 else np.clip(rng.lognormal(2.5, .4), 7, largest))
+        radius = growth * (largest * rng.uniform(.72, 1) if j == 0 else np.clip(rng.lognormal(2.65, .35), 9, largest))
         peak = np.clip(rng.lognormal(2.2, .35), 4 if radius > 14 else 7, 15) * visit_rng.uniform(.85, 1.15)
         if kind == "touching":
             bladder = centre[2] < 300
