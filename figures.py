@@ -64,7 +64,10 @@ def panels(rows: list[dict], out: Path) -> None:
     """
     extra = list(rows[0]["reconstructions"])
     titles = [*rows[0]["names"], "truth and prediction", *[f"{n} reconstructed" for n in extra], "projection"]
-    fig, grid = plt.subplots(len(rows), len(titles), figsize=(2.7 * len(titles), 2.8 * len(rows)), squeeze=False, constrained_layout=True)
+    size = np.array(rows[0]["truth"].shape) * rows[0]["spacing"]  # mm
+    ratios = [size[0] / size[1]] * (len(titles) - 1) + [size[0] / size[2]]
+    figsize = (2.2 * sum(ratios) + 0.4, 2.3 * len(rows) + 0.6)
+    fig, grid = plt.subplots(len(rows), len(titles), figsize=figsize, squeeze=False, layout="constrained", width_ratios=ratios)
     for row, axes in zip(rows, grid):
         (first, second), truth, pred, s = row["images"], row["truth"], row["pred"], row["spacing"]
         area = truth.sum((0, 1)) if truth.any() else pred.sum((0, 1))

@@ -136,13 +136,13 @@ def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> 
     return resample_from_to(nib.Nifti1Image(prob, affine), (like.shape[:3], like.affine), order=1, cval=0.0).get_fdata(dtype=np.float32)
 
 
-def evaluate(case: CachedCase, prob: np.ndarray, targets: tuple[str, ...]) -> list[dict]:
-    """Metrics of one case on its original grid, a row a target: probabilities (K, D, H, W) of the cached grid, cut at 0.5."""
+def evaluate(case: CachedCase, prob: np.ndarray, targets: tuple[str, ...], threshold: float = 0.5) -> list[dict]:
+    """Metrics of one case on its original grid, a row a target: probabilities (K, D, H, W) of the cached grid >= threshold."""
     truth = read_label(case.case)
     labels, rows = np.asarray(truth.dataobj), []
     spacing = nib.affines.voxel_sizes(truth.affine)
     for name, p in zip(targets, prob, strict=True):
-        mask = to_original(p, case.affine, truth) >= 0.5
+        mask = to_original(p, case.affine, truth) >= threshold
         true = {"seg": labels > 0, "whole": labels > 0, "core": labels == 2, "edema": labels == 1}[name]
         rows.append({"case": case.name, "target": name, **case_metrics(mask, true, spacing)})
     return rows

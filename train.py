@@ -55,7 +55,7 @@ class Config:
     data: str = opt("phantom", "phantom | petct (AutoPET layout) | brain (MSD Task01 layout) | phantom-brain")
     root: str = opt("", "folder of the studies; the phantoms need none")
     cache: str = opt("cache", "folder for preprocessed studies")
-    phantoms: int = opt(40, "number of phantom studies")
+    phantoms: int = opt(100, "number of phantom studies")
     spacing: tuple[float, ...] = opt((2.0, 2.0, 3.0), "mm, of the network's grid")
     ct_window: tuple[float, ...] = opt((-100.0, 250.0), "HU that become 0 and 1")
     suv_window: tuple[float, ...] = opt((0.0, 15.0), "SUV that become 0 and 1")
@@ -106,6 +106,7 @@ class Config:
     # validation
     validations: int = opt(5, "how often a run is validated, the last time at its end")
     overlap: float = opt(0.5, "of sliding windows")
+    threshold: float = opt(0.5, "probability from which a voxel is tumour; the best for Dice is half the Dice one can expect")
     flips: bool = opt(True, "average over the mirror images along --flip-axes in the last validation")
     # the run folder
     out: str = opt("", "run folder; default runs/DATA-MODEL-foldK, numbered where it exists")
@@ -218,8 +219,8 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     root = Path(c.root)
     if c.data.startswith("phantom"):
         write = phantom.write_brain if c.kind == "brain" else phantom.write_petct
-        root = root if c.root else Path(c.cache) / f"{c.data}-{c.phantoms}"
-        write(root, c.phantoms)
+        root = root if c.root else Path(c.cache) / f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm"
+        write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: nothing to resample
     recipe = Recipe("petct", c.spacing, "LAS", c.ct_window, c.suv_window) if c.kind == "petct" else Recipe("brain", c.spacing, "RAS")
     cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), recipe, c.cache)
     if len(cases) == 1:
@@ -401,7 +402,7 @@ class Run:
         rows, probs = [], {}
         for case in tqdm(self.val_cases, desc="validation", unit="case", leave=False):
             prob, score = self.predict(case, self.c.flip_axes if last and self.c.flips else ())
-            case_rows = evaluate(case, prob, self.targets)
+            case_rows = evaluate(case, prob, self.targets, self.c.threshold)
             rows += [r | {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score} for r in case_rows]
             probs[case.name] = prob[0] if self.c.kind == "petct" else prob[self.targets.index("core")]
         summary = summarise(rows, self.targets)
@@ -443,7 +444,7 @@ class Run:
             panels.append({
                 "title": f"{case.name}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f} ml  FNV {row['fnv_ml']:.1f} ml",
                 "names": ("CT", "PET") if c.kind == "petct" else ("T2w", "FLAIR"), "images": image,
-                "truth": label > 0 if c.kind == "petct" else label == 2, "pred": probs[case.name] >= 0.5,
+                "truth": label > 0 if c.kind == "petct" else label == 2, "pred": probs[case.name] >= c.threshold,
                 "spacing": nib.affines.voxel_sizes(case.affine), "reconstructions": made,
             })  # fmt: skip
         figures.panels(panels, self.folder / "validation.png")
