@@ -269,7 +269,9 @@ class Run:
         layout = torch.channels_last_3d if c.channels_last else torch.contiguous_format
         self.net = build_model(c).to(self.device, memory_format=layout)
         self.mean_net = copy.deepcopy(self.net).requires_grad_(False) if c.ema else self.net
-        self.mean_state, self.net_state = ([t for t in n.state_dict().values() if t.is_floating_point()] for n in (self.mean_net, self.net))
+        # Parameters and running statistics of both, each tensor once: a shared level would be averaged twice.
+        both = ([*n.parameters(), *n.buffers()] for n in (self.mean_net, self.net))
+        self.mean_state, self.net_state = ([p.detach() for p in tensors if p.is_floating_point()] for tensors in both)
         self.forward = torch.compile(self.net) if c.compile else self.net
         self.loss = MirrorLoss(c.model, c.kind, c.lambda_seg, c.lambda_rec, c.lambda_cls)
         self.optimizer = build_optimizer(c, self.net)
@@ -503,6 +505,7 @@ def prepare_folder(c: Config) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """The program: options -> a trained network and its run folder. Raises UserError for what the user can mend."""
     c = parse_config(argv)
     build_model(c)  # refuses what cannot be built before any data are read
     train, val = load_cases(c)

@@ -191,6 +191,14 @@ def test_a_run_is_reproducible_and_a_resumed_one_is_the_same_run(arguments, tmp_
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_running_mean_averages_each_weight_once(arguments):
+    run = make_run([*arguments, "--model", "v2", "--steps", "9", "--ema", "0.9", "--share", "4", "5", "6"])
+    start = {k: v.clone() for k, v in run.net.state_dict().items()}
+    run.train_step(next(iter(train.DataLoader(run.patches, 2))))
+    for name, now in run.net.state_dict().items():  # the first decay is (1 + 0) / (10 + 0)
+        torch.testing.assert_close(run.mean_net.state_dict()[name], 0.1 * start[name] + 0.9 * now, msg=name)
+
+
 def test_a_time_limit_ends_a_run_and_its_schedule(arguments):
     run = make_run([*arguments, "--model", "v1", "--steps", "100000", "--minutes", "0.02"])
     run.train()
