@@ -170,11 +170,12 @@ class Classifier(nn.Module):
     """Is there a tumour? (B, c5, d, h, w) PET bottleneck -> (B,) logit.
 
     Average pooling to 6^3 makes it take any patch size; at the paper's 96^3 the bottleneck is 6^3 and pooling is the identity.
+    Batch norm whatever the rest uses: instance norm of a single map would erase how strongly it responds, which is the answer.
     """
 
-    def __init__(self, in_channels: int, norm: str):
+    def __init__(self, in_channels: int):
         super().__init__()
-        self.squeeze = ConvUnit(in_channels, 1, norm, kernel=1)
+        self.squeeze = ConvUnit(in_channels, 1, "batch", kernel=1)
         self.hidden = nn.Linear(6**3, 256)
         self.out = nn.Linear(256, 1)
 
@@ -218,7 +219,7 @@ class MirrorUNet(nn.Module):
         if version in ("v2", "v3"):
             self.bottleneck_decoder = LightDecoder(2 if preset == "brain" else 1, self.channels, norm)
         if version == "v3":
-            self.classifier = Classifier(self.channels[4], norm)
+            self.classifier = Classifier(self.channels[4])
         if version == "v4":
             learnable = ct_weight == "learnable"
             w = torch.tensor(0.5 if learnable else float(ct_weight))
