@@ -124,7 +124,10 @@ PRESETS: dict[str, dict] = {
     "phantom": LAPTOP | dict(
         spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.0, lr=2e-3, flip_axes=(0,), validations=3,
     ),
-    "petct": LAPTOP | dict(spacing=(4.0, 4.0, 4.0), patch=(64, 64, 64), minutes=22.0),
+    "petct": LAPTOP | dict(
+        spacing=(4.0, 4.0, 4.0), suv_window=(0.0, 5.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=12.0, weight_decay=0.05,
+        rotate=0.5, scale=0.5, intensity=0.5, gamma=0.5, threshold=0.35, ema=0.995,
+    ),
     "brain": LAPTOP | dict(spacing=(2.0, 2.0, 2.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=10.0),
     # the paper's
     "paper-autopet": dict(
