@@ -386,7 +386,7 @@ def _store(paths: list[Path], seed: int, index: int, spacing, make) -> None:
 
 
 def write_petct(root, n: int, seed: int = 0, spacing=(4., 4., 4.)) -> list[Path]:
-    """Write `n` studies in AutoPET's layout, root/PATIENT/STUDY/{CTres,SUV,SEG}.nii.gz; return the study folders.
+    """Write `n` studies in AutoPET's layout, root/PETCT_0002/visit1/{CTres,SUV,SEG}.nii.gz; return the study folders.
 
     Complete studies are kept. Raises ValueError where they were made with another seed or spacing.
     """
@@ -394,7 +394,8 @@ def write_petct(root, n: int, seed: int = 0, spacing=(4., 4., 4.)) -> list[Path]
         study = petct_study(index, seed, spacing)
         return (study.ct.astype(np.int16), study.suv, study.seg), study.affine
 
-    folders = [Path(root, *_visit(index)[1:]) for index in range(n)]
+    visits = [_visit(index)[1:] for index in range(n)]
+    folders = [Path(root, patient, name.removeprefix(f"{patient}_")) for patient, name in visits]
     for index, folder in enumerate(folders):
         _store([folder / f"{kind}.nii.gz" for kind in ("CTres", "SUV", "SEG")], seed, index, spacing, make)
     return folders

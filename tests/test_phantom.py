@@ -91,7 +91,7 @@ def test_petct_on_disk(tmp_path):
     assert len({folder.parent for folder in folders}) == 3
     for index, folder in enumerate(folders):
         s = phantom.petct_study(index, 5, SMALL)
-        assert folder == tmp_path / s.patient / s.name
+        assert folder == tmp_path / s.patient / f"visit{2 if index == 3 else 1}" and s.name == f"{s.patient}_{folder.name}"
         assert sorted(p.name for p in folder.iterdir()) == ["CTres.nii.gz", "SEG.nii.gz", "SUV.nii.gz"]
         for file, array in (("CTres", s.ct), ("SUV", s.suv), ("SEG", s.seg)):
             image = nib.load(folder / f"{file}.nii.gz")

@@ -2,8 +2,9 @@
 
 import re
 
-import train
 from conftest import ROOT
+
+import train
 from mirror_unet import MirrorUNet
 
 TEXT = (ROOT / "README.md").read_text()

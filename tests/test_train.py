@@ -66,19 +66,20 @@ def losses(folder):
 # ------------------------------------------------------------------------------------------------------------- config
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config(name):
-    source = "brain" if "brain" in name else "petct"
-    c = parse_config(["--preset", name, "--data", source, "--root", "x", "--model", "v2"])
+    c = parse_config(["--preset", name, "--root", "x", "--model", "v2"])
     assert all(p % 16 == 0 for p in c.patch) and len(c.channels) == 5
     assert {k: v for k, v in dataclasses.asdict(c).items() if k in PRESETS[name]} == PRESETS[name]
 
 
 def test_the_papers_recipes_are_the_papers():
-    c = parse_config(["--preset", "paper-autopet", "--data", "petct", "--root", "x"])
+    c = parse_config(["--preset", "autopet", "--root", "x"])
     assert (c.spacing, c.ct_window, c.suv_window, c.patch) == ((2.0, 2.0, 3.0), (-100.0, 250.0), (0.0, 15.0), (96, 96, 96))
     assert (c.optimizer, c.lr, c.weight_decay, c.schedule, c.per_case) == ("adam", 1e-3, 1e-5, "step", 4)
     assert (c.positive, c.rotate, c.scale, c.flip, c.cube, c.sigma) == (2 / 3, 0.2, 0.2, 0.5, 16, 0.3)
     assert (c.lambda_seg, c.lambda_rec, c.lambda_cls, c.channels) == (0.5, 1e-3, 1e-2, (16, 32, 64, 128, 256))
-    b = parse_config(["--preset", "paper-brain", "--data", "brain", "--root", "x", "--model", "v2"])
+    assert (c.data, c.model, c.corrupt) == ("petct", "v3", "shuffle")
+    b = parse_config(["--preset", "brats", "--root", "x"])
+    assert (b.data, b.model) == ("brain", "v2")
     assert (b.spacing, b.patch, b.corrupt) == ((1.0, 1.0, 1.0), (224, 224, 144), "none")
 
 
@@ -120,6 +121,18 @@ def test_no_cuda_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="sees no CUDA device"):
         parse_config(["--device", "cuda"])
+
+
+def test_the_brain_has_a_version_of_its_own_by_default():
+    for source in ("brain", "phantom-brain"):
+        c = parse_config(["--data", source, "--root", "x"])
+        assert (c.model, c.kind, c.corrupt) == ("v2", "brain", "none")
+
+
+def test_healthy_patients_can_be_left_out(arguments):
+    with_, without = (load_cases(parse_config([*arguments, *more])) for more in ([], ["--no-healthy"]))
+    assert sum(not k.tumor for side in with_ for k in side) > 0
+    assert [[k.name for k in side if k.tumor] for side in with_] == [[k.name for k in side] for side in without]
 
 
 def test_schedules():
