@@ -42,17 +42,18 @@ class Case:
 
     name: str
     patient: str
-    images: tuple[Path, ...]
-    label: Path
+    images: tuple[Path | None, ...]
+    label: Path | None
     channels: tuple[int, ...] = ()  # brain: which channels are T2w and FLAIR
     roles: tuple[tuple[int, str], ...] = ()  # brain: label code -> "edema" | "core"
 
 
-def find_petct(root) -> list[Case]:
+def find_petct(root, complete: bool = True) -> list[Case]:
     """Studies in AutoPET layout: SUV.nii.gz with CTres.nii.gz and SEG.nii.gz beside it, at any depth below root.
 
     The patient of PATIENT/STUDY/SUV.nii.gz is PATIENT; a study right below root is a patient of its own. A case's name is its
-    path below root, with "__" for "/". Raises UserError where there are none or a file is missing.
+    path below root, with "__" for "/". Raises UserError where there are none or a file is missing; with complete=False, for
+    prediction, CT and truth may be, and are None then.
     """
     root = Path(root)
     cases = []
@@ -61,10 +62,11 @@ def find_petct(root) -> list[Case]:
         suv = folder / "SUV.nii.gz"
         ct, seg = folder / "CTres.nii.gz", folder / "SEG.nii.gz"
         for path in (ct, seg):
-            if not path.exists():
+            if complete and not path.exists():
                 raise UserError(f"{path}: missing, though {suv.name} lies beside it; a study needs SUV, CTres and SEG")
         parts = folder.relative_to(root).parts or (root.resolve().name,)
         patient = "__".join(parts[:-1] or parts)
+        ct, seg = (path if path.exists() else None for path in (ct, seg))
         cases.append(Case("__".join(parts), patient, (ct, suv), seg))
     if not cases:
         raise UserError(f"{root}: no SUV.nii.gz at any depth; expected AutoPET's layout, PATIENT/STUDY/SUV.nii.gz")
@@ -162,27 +164,36 @@ def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Imag
     return resample_from_to(image, (tuple(int(s) for s in shape), affine), order=1, mode="nearest")
 
 
-def _window(data: np.ndarray, low: float, high: float) -> np.ndarray:
-    return np.clip((data - low) / (high - low), 0, 1)
+def _window(image: nib.Nifti1Image, low: float, high: float) -> np.ndarray:
+    return np.clip((image.get_fdata(dtype=np.float32) - low) / (high - low), 0, 1)
 
 
-def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """The network's input, (2, D, H, W) float32 on the recipe's grid before the crop, and an image that holds that grid."""
+def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
+    """The network's input (2, D, H, W) float32 on the recipe's grid, cropped to the patient; that grid's affine; the crop's slices.
+
+    The crop is the bounding box of PET > 0 (brain: of any non-zero channel). A study without a CT file (None) gets a channel of 0.
+    """
     if recipe.kind == "brain":
         image = read_nifti(case.images[0], ndim=4)
         if image.shape[3] <= max(case.channels):
             raise UserError(f"{case.images[0]}: {image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}")
         pair = [to_grid(image.slicer[..., c], recipe.orientation, recipe.spacing) for c in case.channels]
-        data = np.stack([_z_score(p.get_fdata(dtype=np.float32)) for p in pair])
-        return data, pair[0]
-    ct, suv = (read_nifti(path) for path in case.images)
-    same_grid(ct, suv, *case.images)
-    ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), suv.affine)  # equal up to rounding; the new grids must be equal
-    if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
-        raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
-    ct, suv = (to_grid(image, recipe.orientation, recipe.spacing) for image in (ct, suv))
-    data = [_window(ct.get_fdata(dtype=np.float32), *recipe.ct_window), _window(suv.get_fdata(dtype=np.float32), *recipe.suv_window)]
-    return np.stack(data).astype(np.float32), suv
+        data, grid = np.stack([_z_score(p.get_fdata(dtype=np.float32)) for p in pair]), pair[0]
+        inside = (data != 0).any(0)
+    else:
+        suv = read_nifti(case.images[1])
+        values = suv.get_fdata(dtype=np.float32)
+        if np.percentile(values, 99) > 200:
+            raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
+        ct = read_nifti(case.images[0]) if case.images[0] else nib.Nifti1Image(np.full_like(values, recipe.ct_window[0]), suv.affine)
+        same_grid(ct, suv, *case.images)
+        ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), suv.affine)  # equal up to rounding; the new grids must be equal
+        ct, grid = (to_grid(image, recipe.orientation, recipe.spacing) for image in (ct, suv))
+        data = np.stack([_window(ct, *recipe.ct_window), _window(grid, *recipe.suv_window)])
+        inside = data[1] > 0
+    box = (ndimage.find_objects(inside.astype(np.uint8)) or [tuple(slice(0, n) for n in inside.shape)])[0]
+    corner = nib.affines.from_matvec(np.eye(3), [edge.start for edge in box])
+    return data[(slice(None), *box)].astype(np.float32), grid.affine @ corner, box
 
 
 def _z_score(data: np.ndarray) -> np.ndarray:
@@ -240,32 +251,20 @@ def _fingerprint(case: Case, recipe: Recipe) -> str:
 
 
 def preprocess(case: Case, recipe: Recipe) -> dict:
-    """Read one study and bring it to the network's grid: {"image", "label", "foreground", "affine"}, cropped to the patient.
+    """Read one study and bring it to the network's grid: {"image", "label", "foreground", "affine", "tumor"}.
 
-    The crop is the bounding box of PET > 0 (brain: of any non-zero channel). Labels are resampled as soft masks, the largest wins.
+    Labels are resampled as soft masks, the largest wins. "tumor" is that of the file: resampling may lose a tiny one.
     """
-    image, grid = load_images(case, recipe)
-    label = read_label(case)
-    header = read_header(case.images[-1])
+    image, affine, box = load_images(case, recipe)
+    label, header = read_label(case), read_header(case.images[-1])
     same_grid(label, header, case.label, case.images[-1])
     data = np.asarray(label.dataobj)
     codes = (1,) if recipe.kind == "petct" else (1, 2)
     soft = [nib.Nifti1Image((data == c).astype(np.float32), header.affine) for c in codes]
-    soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32) for s in soft])
-    best = np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
-
-    inside = (image[1] > 0) if recipe.kind == "petct" else (image != 0).any(0)
-    box = ndimage.find_objects(inside.astype(np.uint8))
-    box = box[0] if box else tuple(slice(0, s) for s in inside.shape)
-    corner = nib.affines.from_matvec(np.eye(3), [s.start for s in box])
-    best = best[box]
-    return {
-        "image": image[(slice(None), *box)].astype(np.float16),
-        "label": best,
-        "foreground": np.argwhere(best > 0).astype(np.int16),
-        "affine": grid.affine @ corner,
-        "tumor": bool(data.any()),  # before resampling, which may lose a tiny one
-    }
+    soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32)[box] for s in soft])
+    label = np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
+    foreground = np.argwhere(label > 0).astype(np.int16)
+    return {"image": image.astype(np.float16), "label": label, "foreground": foreground, "affine": affine, "tumor": bool(data.any())}
 
 
 def read_header(path) -> nib.Nifti1Image:

@@ -136,8 +136,8 @@ PRESETS: dict[str, dict] = {
         weight_decay=1e-5, schedule="step", steps=320_000, validations=40,
     ),
     "brats": dict(
-        data="brain", model="v2", spacing=(1.0, 1.0, 1.0), patch=(224, 224, 144), batch=1, per_case=1, intensity=1.0, optimizer="adam", lr=1e-3,
-        weight_decay=1e-5, schedule="step", steps=150_000, validations=40,
+        data="brain", model="v2", spacing=(1.0, 1.0, 1.0), patch=(224, 224, 144), batch=1, per_case=1, intensity=1.0,
+        optimizer="adam", lr=1e-3, weight_decay=1e-5, schedule="step", steps=150_000, validations=40,
     ),
 }  # fmt: skip
 
