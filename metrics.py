@@ -7,7 +7,10 @@
 Components are 18-connected (voxels that share a face or an edge), as in the AutoPET challenge's script, whose values these are.
 """
 
+import csv
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage, stats
@@ -82,3 +85,28 @@ def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float
         "specificity": float((~called[~ill]).mean()) if n_well else math.nan,
         "auc": float((ranks[ill].sum() - n_ill * (n_ill + 1) / 2) / (n_ill * n_well)) if both else math.nan,
     }
+
+
+def write_table(rows: list[dict], path: Path) -> None:
+    """validation.csv, a row a case and target; an undefined number is an empty cell."""
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows)
+    os.replace(part, path)
+
+
+def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
+    """The table of a run: Dice, FPV, FNV a case, and their means over the cases in which they are defined."""
+    width = max(len(r["case"]) for r in rows) + 2
+    show = lambda v, digits=2: f"{'-':>9}" if math.isnan(v) else f"{v:9.{digits}f}"  # noqa: E731
+    for t in targets:
+        mine = [r for r in rows if r["target"] == t]
+        print(f"\n{t:{width}}{'Dice':>9}{'FPV ml':>9}{'FNV ml':>9}{'true ml':>9}{'pred. ml':>9}")
+        for r in mine:
+            print(f"{r['case']:{width}}{show(r['dice'], 3)}" + "".join(show(r[k]) for k in ("fpv_ml", "fnv_ml", "truth_ml", "pred_ml")))
+        empty = sum(not r["truth_ml"] for r in mine)
+        print(f"{'mean':{width}}{show(mean_of(mine, 'dice'), 3)}" + "".join(show(mean_of(mine, k)) for k in ("fpv_ml", "fnv_ml")))
+        if empty:
+            print(f"{empty} of {len(mine)} without a true tumour: Dice and FNV are undefined there, and FPV counts")

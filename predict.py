@@ -1,11 +1,19 @@
 """From a trained network to a mask on the input's own grid: sliding window -> probabilities -> resample back -> metrics.
 
+    python predict.py --checkpoint runs/NAME/best.pt --pet SUV.nii.gz [--ct CTres.nii.gz] --out SEG_pred.nii.gz
+    python predict.py --checkpoint runs/NAME/best.pt --image FOUR_CHANNEL.nii.gz --out SEG_pred.nii.gz          (brain)
+    python predict.py --checkpoint runs/NAME/best.pt --root DIR --out DIR      every study of a folder; a table where truth is there
+
 Windows overlap by half; each is weighted by a Gaussian, so that a voxel listens most to the window it is central in, and the
 probabilities (not the logits) are averaged: one map a target, nothing else is kept.
 """
 
+import argparse
+import os
+import sys
 from collections.abc import Callable
 from itertools import combinations, product
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,8 +21,8 @@ import torch
 from nibabel.processing import resample_from_to
 from torch import Tensor
 
-from data import CachedCase, read_label
-from metrics import case_metrics
+from data import CachedCase, Case, Recipe, UserError, find_brain, find_petct, load_images, read_header, read_label
+from metrics import case_metrics, print_table, write_table
 from mirror_unet import BrainOutput, MirrorUNet
 
 TARGETS = {"petct": ("seg",), "brain": ("core", "whole", "edema")}
@@ -136,13 +144,13 @@ def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> 
     return resample_from_to(nib.Nifti1Image(prob, affine), (like.shape[:3], like.affine), order=1, cval=0.0).get_fdata(dtype=np.float32)
 
 
-def evaluate(case: CachedCase, prob: np.ndarray, targets: tuple[str, ...], threshold: float = 0.5) -> list[dict]:
-    """Metrics of one case on its original grid, a row a target: probabilities (K, D, H, W) of the cached grid >= threshold."""
-    truth = read_label(case.case)
+def evaluate(case: Case, prob: np.ndarray, affine: np.ndarray, targets: tuple[str, ...], threshold: float = 0.5) -> list[dict]:
+    """Metrics of one case on its original grid, a row a target: probabilities (K, D, H, W) on the grid of `affine` >= threshold."""
+    truth = read_label(case)
     labels, rows = np.asarray(truth.dataobj), []
     spacing = nib.affines.voxel_sizes(truth.affine)
     for name, p in zip(targets, prob, strict=True):
-        mask = to_original(p, case.affine, truth) >= threshold
+        mask = to_original(p, affine, truth) >= threshold
         true = {"seg": labels > 0, "whole": labels > 0, "core": labels == 2, "edema": labels == 1}[name]
         rows.append({"case": case.name, "target": name, **case_metrics(mask, true, spacing)})
     return rows
@@ -167,3 +175,111 @@ def suv_threshold(train: list[CachedCase], val: list[CachedCase]) -> tuple[float
         mask = np.asarray(case.array("image")[1]) >= best
         rows.append({"case": case.name, **case_metrics(mask, case.array("label"), nib.affines.voxel_sizes(case.affine))})
     return best, rows
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+def load_model(path, device: str = "cpu") -> tuple[MirrorUNet, dict]:
+    """The network of a checkpoint, in eval mode, and its run's config. Raises UserError for anything that is no checkpoint of ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)  # a stranger's file cannot run code
+        c = state["config"]
+        kind = "brain" if "brain" in c["data"] else "petct"
+        weight = c["ct_weight"] if c["ct_weight"] == "learnable" else float(c["ct_weight"])
+        model = MirrorUNet(c["model"], c["share"], c["channels"], c["norm"], kind, weight).to(device)
+        model.load_state_dict(state["model"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:  # torch, pickle and zip each have errors of their own
+        raise UserError(f"{path}: not a checkpoint of train.py: {(str(e) or repr(e)).splitlines()[0]}") from None
+    return model.eval(), c | {"kind": kind}
+
+
+def recipe_of(c: dict) -> Recipe:
+    """The preprocessing that a run's config asks for."""
+    if c["kind"] == "brain":
+        return Recipe("brain", tuple(c["spacing"]), "RAS")
+    return Recipe("petct", tuple(c["spacing"]), "LAS", tuple(c["ct_window"]), tuple(c["suv_window"]))
+
+
+def save_mask(mask: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
+    """Write labels (D, H, W) as uint8 NIfTI with the shape, affine and header of `like`; whole or not at all."""
+    header = like.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    image = nib.Nifti1Image(mask.astype(np.uint8), like.affine, header)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, part)
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def predict_study(models: list, c: dict, case: Case, out: Path, device: str, threshold: float) -> list[dict]:
+    """Segment one study, write the mask, and score it where its truth is there: rows as `evaluate`'s.
+
+    Several models: their probabilities are averaged. Brain masks hold MSD's codes, 1 edema and 2 core.
+    """
+    both = c["kind"] == "brain" or any(model.version == "v4" for model in models)
+    if both and None in case.images:
+        raise UserError(f"{case.name}: {c['model']} needs CT and PET, and the CT is missing (v1, v2 and v3 segment from PET alone)")
+    image, affine, _ = load_images(case, recipe_of(c))
+    x = torch.from_numpy(image).to(device)
+    options = dict(size=c["patch"], overlap=c["overlap"], batch=c["batch"], flip_axes=c["flip_axes"] if c["flips"] else ())
+    prob = sum(predict_image(model, x, **options)[0] / len(models) for model in models).cpu().numpy()
+    like = read_header(case.images[-1])
+    like = like if like.ndim == 3 else like.slicer[..., 0]
+    maps = [to_original(p, affine, like) >= threshold for p in prob]
+    mask = maps[0]
+    if c["kind"] == "brain":
+        mask = np.where(maps[0], 2, np.logical_or.reduce(maps[1:]))
+    save_mask(mask, like, out)
+    names = [t for t in TARGETS[c["kind"]] if len(prob) == len(TARGETS[c["kind"]]) or t != "whole"]
+    return evaluate(case, prob, affine, tuple(names), threshold) if case.label else []
+
+
+def main(argv: list[str]) -> None:
+    """The program: checkpoints and files -> masks. Raises UserError for what the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", nargs="+", required=True, help="best.pt of a run; several of one kind: an ensemble")
+    parser.add_argument("--pet", type=Path, help="SUV.nii.gz")
+    parser.add_argument("--ct", type=Path, help="CTres.nii.gz on the PET's grid; v1, v2 and v3 do not need it")
+    parser.add_argument("--image", type=Path, help="brain: four channels FLAIR, T1w, T1gd, T2w in one file")
+    parser.add_argument("--root", type=Path, help="a folder of studies in the layout of the training data")
+    parser.add_argument("--out", type=Path, required=True, help="the mask to write, .nii.gz; with --root a folder")
+    parser.add_argument("--threshold", type=float, help="probability from which a voxel is tumour; default the run's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(argv)
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    loaded = [load_model(path, a.device) for path in a.checkpoint]
+    models, c = [model for model, _ in loaded], loaded[0][1]
+    if any(recipe_of(d) != recipe_of(c) for _, d in loaded):
+        raise UserError("--checkpoint: the checkpoints of an ensemble must be trained on equally preprocessed data")
+    if sum(map(bool, (a.pet, a.image, a.root))) != 1 or bool(a.image) != (c["kind"] == "brain") and not a.root:
+        raise UserError(f"this checkpoint is of {c['kind']}: give {'--image' if c['kind'] == 'brain' else '--pet'} or --root")
+    if a.root:
+        cases = find_brain(a.root) if c["kind"] == "brain" else find_petct(a.root, complete=False)
+        outs = [a.out / f"{case.name}.nii.gz" for case in cases]
+    else:
+        one = a.image or a.pet
+        cases = [Case(one.name.split(".nii")[0], "", (a.image,) if a.image else (a.ct, a.pet), None, (3, 0) if a.image else ())]
+        outs = [a.out]
+    threshold, rows = c["threshold"] if a.threshold is None else a.threshold, []
+    for case, out in zip(cases, outs):
+        rows += predict_study(models, c, case, out, a.device, threshold)
+        print(f"{case.name} -> {out}", flush=True)
+    if rows:
+        write_table(rows, a.out / "metrics.csv")
+        print_table(rows, tuple(dict.fromkeys(r["target"] for r in rows)))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

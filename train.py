@@ -14,7 +14,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import json
 import math
@@ -37,7 +36,7 @@ import figures
 import phantom
 from data import Augmentation, Recipe, UserError
 from losses import MirrorLoss
-from metrics import mean_of, patient_metrics
+from metrics import mean_of, patient_metrics, print_table, write_table
 from mirror_unet import MirrorUNet
 from predict import TARGETS, evaluate, predict_image, reconstructions, suv_threshold
 
@@ -416,7 +415,7 @@ class Run:
         rows, probs = [], {}
         for case in tqdm(self.val_cases, desc="validation", unit="case", leave=False):
             prob, score = self.predict(case, self.c.flip_axes if last and self.c.flips else ())
-            case_rows = evaluate(case, prob, self.targets, self.c.threshold)
+            case_rows = evaluate(case.case, prob, case.affine, self.targets, self.c.threshold)
             rows += [r | {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score} for r in case_rows]
             probs[case.name] = prob[0] if self.c.kind == "petct" else prob[self.targets.index("core")]
         summary = summarise(rows, self.targets)
@@ -475,31 +474,6 @@ def summarise(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
         cls = patient_metrics([r["tumor_score"] for r in scored], [r["has_tumor"] for r in scored])
         out |= {f"patient_{k}": v for k, v in cls.items()}
     return out
-
-
-def write_table(rows: list[dict], path: Path) -> None:
-    """validation.csv, a row a case and target; an undefined number is an empty cell."""
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows)
-    os.replace(part, path)
-
-
-def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
-    """The table of a run: Dice, FPV, FNV a case, and their means over the cases in which they are defined."""
-    width = max(len(r["case"]) for r in rows) + 2
-    show = lambda v, digits=2: f"{'-':>9}" if math.isnan(v) else f"{v:9.{digits}f}"  # noqa: E731
-    for t in targets:
-        mine = [r for r in rows if r["target"] == t]
-        print(f"\n{t:{width}}{'Dice':>9}{'FPV ml':>9}{'FNV ml':>9}{'true ml':>9}{'pred. ml':>9}")
-        for r in mine:
-            print(f"{r['case']:{width}}{show(r['dice'], 3)}" + "".join(show(r[k]) for k in ("fpv_ml", "fnv_ml", "truth_ml", "pred_ml")))
-        empty = sum(not r["truth_ml"] for r in mine)
-        print(f"{'mean':{width}}{show(mean_of(mine, 'dice'), 3)}" + "".join(show(mean_of(mine, k)) for k in ("fpv_ml", "fnv_ml")))
-        if empty:
-            print(f"{empty} of {len(mine)} without a true tumour: Dice and FNV are undefined there, and FPV counts")
 
 
 def prepare_folder(c: Config) -> None:

@@ -1,6 +1,9 @@
 """Sliding window, resampling back, and evaluation on the original grid."""
 
+import csv
+import dataclasses
 import math
+import os
 
 import nibabel as nib
 import numpy as np
@@ -8,12 +11,17 @@ import pytest
 import torch
 
 import data
-from data import Recipe
+import phantom
+import train
+from data import Recipe, UserError
+from metrics import case_metrics
 from mirror_unet import MirrorUNet
 from predict import (
     evaluate,
     foreground_probability,
     gaussian_window,
+    load_model,
+    main,
     predict_image,
     reconstructions,
     sliding_window,
@@ -129,7 +137,7 @@ def test_a_known_mask_survives_the_way_to_the_network_and_back(tmp_path, codes):
     for name, array in (("SUV", suv), ("CTres", suv * 0), ("SEG", truth.astype(np.uint8))):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
     (case,) = data.build_cache(data.find_petct(tmp_path), Recipe(spacing=(2.5, 2.5, 2.5)), tmp_path / "cache", workers=1)
-    (row,) = evaluate(case, case.array("label")[None].astype(np.float32), ("seg",))
+    (row,) = evaluate(case.case, case.array("label")[None].astype(np.float32), case.affine, ("seg",))
     assert row["dice"] >= 0.97 and row["fpv_ml"] == 0 and row["fnv_ml"] == 0
     assert row["truth_ml"] == pytest.approx(4 / 3 * math.pi * 2.8**3, rel=0.02)
 
@@ -157,3 +165,92 @@ def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path):
     best, (row,) = suv_threshold([a], [b])
     assert 0.3 / 15 < best <= 6 / 15
     assert row["dice"] == pytest.approx(2 * 512 / (576 + 512)) and row["fpv_ml"] == pytest.approx(64 * 0.012)
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with one phantom study of 10 mm, PET/CT, and a brain case of 5 mm."""
+    root = tmp_path_factory.mktemp("study")
+    (folder,) = phantom.write_petct(root / "petct", 1, spacing=(10.0, 10.0, 10.0))
+    phantom.write_brain(root / "brain", 1, spacing=(5.0, 5.0, 5.0))
+    return root, folder
+
+
+def checkpoint(path, data="petct", model="v3", **options):
+    """What train.py saves of an untrained network."""
+    more = ["--patch", "32", "32", "32", "--channels", "2", "3", "4", "5", "6", "--spacing", *["8"] * 3, "--no-flips"]
+    c = train.parse_config(["--data", data, "--root", "x", "--model", model, *more])
+    net = train.build_model(c)
+    torch.save({"config": dataclasses.asdict(c) | options, "model": net.state_dict()}, path)
+    return path
+
+
+def test_a_mask_lies_on_its_input_and_needs_no_ct(study, tmp_path):
+    root, folder = study
+    weights = str(checkpoint(tmp_path / "v3.pt"))
+    pet, ct = folder / "SUV.nii.gz", folder / "CTres.nii.gz"
+    main(["--checkpoint", weights, "--pet", str(pet), "--out", str(tmp_path / "alone.nii.gz"), "--threshold", "0.4"])
+    main(["--checkpoint", weights, "--pet", str(pet), "--ct", str(ct), "--out", str(tmp_path / "both.nii.gz"), "--threshold", "0.4"])
+    alone, both, like = nib.load(tmp_path / "alone.nii.gz"), nib.load(tmp_path / "both.nii.gz"), nib.load(pet)
+    assert alone.shape == like.shape and np.array_equal(alone.affine, like.affine) and alone.get_data_dtype() == np.uint8
+    assert alone.header.get_xyzt_units() == like.header.get_xyzt_units()
+    mask = np.asarray(alone.dataobj)
+    assert set(np.unique(mask)) == {0, 1} and np.array_equal(mask, np.asarray(both.dataobj))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.nii.gz", "both.nii.gz", "v3.pt"]
+
+
+def test_a_folder_gets_masks_and_a_table(study, tmp_path, capsys):
+    root, _ = study
+    weights = [str(checkpoint(tmp_path / f"{m}.pt", model=m)) for m in ("v1", "v2")]
+    main(["--checkpoint", *weights, "--root", str(root / "petct"), "--out", str(tmp_path / "out")])
+    (row,) = csv.DictReader(open(tmp_path / "out" / "metrics.csv"))
+    mask = np.asarray(nib.load(tmp_path / "out" / f"{row['case']}.nii.gz").dataobj)
+    truth = nib.load(root / "petct" / "PETCT_0000" / "visit1" / "SEG.nii.gz")
+    expected = case_metrics(mask, np.asarray(truth.dataobj), (10.0, 10.0, 10.0))
+    assert float(row["fpv_ml"]) == pytest.approx(expected["fpv_ml"]) and float(row["dice"]) == pytest.approx(expected["dice"])
+    assert "mean" in capsys.readouterr().out
+
+
+def test_a_brain_mask_holds_edema_and_core(study, tmp_path):
+    root, _ = study
+    weights = str(checkpoint(tmp_path / "b.pt", data="brain", model="v2"))
+    image = root / "brain" / "imagesTr" / "BRATS_001.nii.gz"
+    main(["--checkpoint", weights, "--image", str(image), "--out", str(tmp_path / "m.nii.gz")])
+    mask = nib.load(tmp_path / "m.nii.gz")
+    assert mask.shape == nib.load(image).shape[:3] and set(np.unique(np.asarray(mask.dataobj))) <= {0, 1, 2}
+    main(["--checkpoint", weights, "--root", str(root / "brain"), "--out", str(tmp_path / "o")])
+    assert [r["target"] for r in csv.DictReader(open(tmp_path / "o" / "metrics.csv"))] == ["core", "whole", "edema"]
+
+
+@pytest.mark.parametrize(
+    "model,args,message",
+    [
+        ("v4", "--pet {pet}", "needs CT and PET"),
+        ("v3", "--image {pet}", "of petct"),
+        ("v3", "--pet missing.nii.gz", "no such file"),
+        ("v3", "--pet {pet} --ct {small}", "not on one grid"),
+        (None, "--pet {pet}", "not a checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_sentence_and_leaves_nothing(study, tmp_path, model, args, message):
+    root, folder = study
+    small = tmp_path / "small.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), small)
+    weights = tmp_path / "w.pt"
+    checkpoint(weights, model=model) if model else weights.write_bytes(b"no weights")
+    out = tmp_path / "mask.nii.gz"
+    with pytest.raises(UserError, match=message):
+        main(["--checkpoint", str(weights), *args.format(pet=folder / "SUV.nii.gz", small=small).split(), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_a_strangers_checkpoint_cannot_run_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "caught"),)
+
+    torch.save({"config": {}, "model": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_model(tmp_path / "trap.pt")
+    assert not (tmp_path / "caught").exists()
