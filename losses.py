@@ -23,14 +23,17 @@ from torch import Tensor, nn
 import kernels
 
 
-def dice_ce(logits: Tensor, target: Tensor, **options) -> Tensor:
+def dice_ce(
+    logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
+    dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None,
+) -> Tensor:  # fmt: skip
     """dice_weight (1 - mean Dice) + ce_weight CE, a float32 scalar.
 
-    logits (B, C, D, H, W); target integer labels (B, 1, D, H, W) or (B, D, H, W). Options and their defaults:
-    include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5, dice_weight=1., ce_weight=1., class_weight=None,
-    ignore_index=None; `kernels.dice_ce` explains each. Finite for logits of any size in fp16, bf16 and fp32.
+    logits (B, C, D, H, W); target integer labels (B, 1, D, H, W) or (B, D, H, W); `kernels.dice_ce` explains each option. Finite for
+    logits of any size in fp16, bf16 and fp32.
     """
-    return kernels.dice_ce(logits, target, **options)[0]
+    options = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight, class_weight, ignore_index)
+    return kernels.dice_ce(logits, target, *options)[0]
 
 
 def soft_dice(logits: Tensor, target: Tensor, **options) -> Tensor:

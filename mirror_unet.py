@@ -177,11 +177,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.squeeze = ConvUnit(in_channels, 1, "batch", kernel=1)
         self.hidden = nn.Linear(6**3, 256)
+        self.dropout = nn.Dropout(0.5)
         self.out = nn.Linear(256, 1)
 
     def forward(self, bottleneck: Tensor) -> Tensor:
         x = F.adaptive_avg_pool3d(self.squeeze(bottleneck), 6).flatten(1)  # (B, 216)
-        x = F.dropout(F.relu(self.hidden(x)), 0.5, self.training)  # (B, 256)
+        x = self.dropout(F.relu(self.hidden(x)))  # (B, 256)
         return self.out(x).squeeze(1)
 
 
