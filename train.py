@@ -379,8 +379,7 @@ class Run:
         saved = time.monotonic()
         style = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
         self.net.train()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
+        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         with tqdm(total=1000, desc="training", bar_format=style, initial=int(1000 * self.progress())) as bar:
             batches = iter(loader)
             while self.progress() < 1:
@@ -402,10 +401,13 @@ class Run:
                     saved = time.monotonic()
                 if self.stopping:
                     raise SystemExit(f"\nstopped after step {self.step}; go on with: python train.py --resume --out {self.folder}")
+        for number, handler in before.items():
+            signal.signal(number, handler)
         self.validate(last=True)
 
     # -------------------------------------------------------------------------------------------------------- validation
     def predict(self, case: data.CachedCase, flip_axes: tuple[int, ...]) -> tuple[np.ndarray, float | None]:
+        """Probabilities (K, D, H, W) of a cached study, and v3's score of the patient."""
         image = torch.from_numpy(case.array("image").astype(np.float32)).to(self.device)
         prob, score = predict_image(self.mean_net, image, self.c.patch, self.c.overlap, self.c.batch, flip_axes, self.autocast())
         return prob.cpu().numpy(), score
@@ -421,8 +423,8 @@ class Run:
         summary = summarise(rows, self.targets)
         self.log({"step": self.step, "val": summary})
         tqdm.write(f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if not math.isnan(v)))
-        dice = float(np.mean([summary[f"{t}_dice"] for t in self.targets]))
-        if dice > self.best:
+        dice = float(np.nan_to_num(np.mean([summary[f"{t}_dice"] for t in self.targets]), nan=-1.0))  # no tumour is held out: -1
+        if dice >= self.best:
             self.best = dice
             self.save("best.pt")
         self.save("last.pt")
