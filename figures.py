@@ -72,16 +72,16 @@ def panels(rows: list[dict], out: Path) -> None:
         (first, second), truth, pred, s = row["images"], row["truth"], row["pred"], row["spacing"]
         area = truth.sum((0, 1)) if truth.any() else pred.sum((0, 1))
         z = int(area.argmax()) if area.any() else truth.shape[2] // 2
-        top = max(float(np.percentile(second, 99.8)), 1e-3)
-        limits = dict(vmin=float(np.percentile(first, 1)), vmax=float(np.percentile(first, 99.5)), cmap="gray")
-        hot = dict(vmin=min(0.0, float(second.min())), vmax=top, cmap="gray_r")
-        pictures = [(first, limits), (second, hot), (second, hot)]
-        pictures += [(image, limits if name == row["names"][0] else hot) for name, image in row["reconstructions"].items()]
+        styles = [dict(vmin=np.percentile(i, 1), vmax=max(np.percentile(i, 99.7), 1e-3), cmap="gray") for i in (first, second)]
+        if row["names"][1] == "PET":
+            styles[1] |= dict(vmin=0.0, cmap="gray_r")  # as PET is read: uptake is dark
+        pictures = [(first, styles[0]), (second, styles[1]), (second, styles[1])]
+        pictures += [(image, styles[row["names"].index(name)]) for name, image in row["reconstructions"].items()]
         for axis, (image, style) in zip(axes, pictures):
             axis.imshow(image[:, :, z].T, origin="lower", aspect=s[1] / s[0], **style)
         _outline(axes[2], truth[:, :, z], TRUTH)
         _outline(axes[2], pred[:, :, z], PREDICTION)
-        axes[-1].imshow(second.max(1).T, origin="lower", aspect=s[2] / s[0], **hot)
+        axes[-1].imshow(second.max(1).T, origin="lower", aspect=s[2] / s[0], **styles[1])
         _outline(axes[-1], truth.max(1), TRUTH)
         _outline(axes[-1], pred.max(1), PREDICTION)
         axes[0].set_ylabel(row["title"], fontsize=8)

@@ -122,7 +122,7 @@ LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optim
 PRESETS: dict[str, dict] = {
     # laptop-sized, the default of each --data
     "phantom": LAPTOP | dict(
-        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.0, lr=2e-3, flip_axes=(0,), validations=3,
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.8, lr=2e-3, flip_axes=(0,), validations=3, threshold=0.4,
     ),
     "petct": LAPTOP | dict(
         spacing=(4.0, 4.0, 4.0), suv_window=(0.0, 5.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=12.0, weight_decay=0.05,
@@ -457,7 +457,7 @@ class Run:
             image, label = case.array("image").astype(np.float32), case.array("label")
             made = reconstructions(self.mean_net, torch.from_numpy(image).to(self.device), c.patch, c.overlap, c.batch)
             panels.append({
-                "title": f"{case.name}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f} ml  FNV {row['fnv_ml']:.1f} ml",
+                "title": f"{case.name}, {row['target']}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f} ml  FNV {row['fnv_ml']:.1f} ml",
                 "names": ("CT", "PET") if c.kind == "petct" else ("T2w", "FLAIR"), "images": image,
                 "truth": label > 0 if c.kind == "petct" else label == 2, "pred": probs[case.name] >= c.threshold,
                 "spacing": nib.affines.voxel_sizes(case.affine), "reconstructions": made,
