@@ -122,7 +122,8 @@ LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optim
 PRESETS: dict[str, dict] = {
     # laptop-sized, the default of each --data
     "phantom": LAPTOP | dict(
-        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.8, lr=2e-3, flip_axes=(0,), validations=3, threshold=0.4,
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.8, lr=2e-3, flip_axes=(0,),
+        threshold=0.4, validations=3,
     ),
     "petct": LAPTOP | dict(
         spacing=(4.0, 4.0, 4.0), suv_window=(0.0, 5.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=12.0, weight_decay=0.05,
