@@ -277,9 +277,14 @@ def main(argv: list[str]) -> None:
         print_table(rows, tuple(dict.fromkeys(r["target"] for r in rows)))
 
 
-if __name__ == "__main__":
+def program(main: Callable[[list[str]], None]) -> None:
+    """Run a program's main on the command line; what the user can mend becomes one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    program(main)

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import signal
-import sys
 import time
 import typing
 from dataclasses import dataclass, field
@@ -34,11 +33,11 @@ from tqdm import tqdm
 import data
 import figures
 import phantom
-from data import Augmentation, Recipe, UserError
+from data import Augmentation, UserError
 from losses import MirrorLoss
 from metrics import mean_of, patient_metrics, print_table, write_table
 from mirror_unet import MirrorUNet
-from predict import TARGETS, evaluate, predict_image, reconstructions, suv_threshold
+from predict import TARGETS, evaluate, predict_image, program, recipe_of, reconstructions, suv_threshold
 
 
 def opt(default, help: str):
@@ -229,7 +228,7 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
         write = phantom.write_brain if c.kind == "brain" else phantom.write_petct
         root = root if c.root else Path(c.cache) / f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm"
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: nothing to resample
-    recipe = Recipe("petct", c.spacing, "LAS", c.ct_window, c.suv_window) if c.kind == "petct" else Recipe("brain", c.spacing, "RAS")
+    recipe = recipe_of(dataclasses.asdict(c) | {"kind": c.kind})
     cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), recipe, c.cache)
     if len(cases) == 1:
         print("one study only: it is trained on and validated on, so the table says nothing about other patients")
@@ -510,8 +509,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    program(main)
