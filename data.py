@@ -182,15 +182,17 @@ def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, tup
         inside = (data != 0).any(0)
     else:
         suv = read_nifti(case.images[1])
-        values = suv.get_fdata(dtype=np.float32)
-        if np.percentile(values, 99) > 200:
+        if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
             raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
-        ct = read_nifti(case.images[0]) if case.images[0] else nib.Nifti1Image(np.full_like(values, recipe.ct_window[0]), suv.affine)
-        same_grid(ct, suv, *case.images)
-        ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), suv.affine)  # equal up to rounding; the new grids must be equal
-        ct, grid = (to_grid(image, recipe.orientation, recipe.spacing) for image in (ct, suv))
-        data = np.stack([_window(ct, *recipe.ct_window), _window(grid, *recipe.suv_window)])
-        inside = data[1] > 0
+        grid = to_grid(suv, recipe.orientation, recipe.spacing)
+        second = _window(grid, *recipe.suv_window)
+        first = np.zeros_like(second)
+        if case.images[0]:
+            ct = read_nifti(case.images[0])
+            same_grid(ct, suv, *case.images)
+            ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), suv.affine)  # equal up to rounding; the new grids must be equal
+            first = _window(to_grid(ct, recipe.orientation, recipe.spacing), *recipe.ct_window)
+        data, inside = np.stack([first, second]), second > 0
     box = (ndimage.find_objects(inside.astype(np.uint8)) or [tuple(slice(0, n) for n in inside.shape)])[0]
     corner = nib.affines.from_matvec(np.eye(3), [edge.start for edge in box])
     return data[(slice(None), *box)].astype(np.float32), grid.affine @ corner, box
@@ -335,7 +337,7 @@ def make_folds(cases, k: int = 5, seed: int = 0) -> list[dict[str, list[str]]]:
     ill_first = sorted(names, key=lambda p: not any(c.tumor for c in patients[p]))  # stable: the shuffle stays within each group
     fold_of = {patient: i % k for i, patient in enumerate(ill_first)}
     val = [sorted(c.name for c in cases if fold_of[c.patient] == f) for f in range(k)]
-    return [{"train": sorted(c.name for c in cases if c.name not in set(v)), "val": v} for v in val]
+    return [{"train": sorted(c.name for c in cases if fold_of[c.patient] != f), "val": v} for f, v in enumerate(val)]
 
 
 def read_splits(path, cases) -> list[dict[str, list[str]]]:

@@ -88,7 +88,7 @@ def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float
 
 
 def write_table(rows: list[dict], path: Path) -> None:
-    """validation.csv, a row a case and target; an undefined number is an empty cell."""
+    """A CSV file, a row a case and target; an undefined number is an empty cell."""
     part = path.with_suffix(".part")
     with open(part, "w", newline="") as f:
         writer = csv.DictWriter(f, fieldnames=list(rows[0]))

@@ -342,11 +342,11 @@ def from_official(state_dict: dict[str, Tensor], preset: str | None = None, ct_w
         if closest is None or len(wrong) < len(closest):
             closest = wrong
     if len(fits) != 1:
-        why = (
-            f"more than one share set fits: {[s for s, *_ in fits]}"
-            if fits
-            else (f"these names or shapes do not match, at best: {sorted(closest)[:8]}" if closest else "levels 1 to 5 are not all there")
-        )
+        why = "levels 1 to 5 are not all there"
+        if fits:
+            why = f"more than one share set fits: {[s for s, *_ in fits]}"
+        elif closest:
+            why = f"these names or shapes do not match, at best: {sorted(closest)[:8]}"
         raise ValueError(f"not the weights of an official Mirror U-Net (taken for {preset} {version}): {why}")
     share, channels, names = fits[0]
     if ct_weight == "learnable" and version == "v4" and "learnable_th" not in state:

@@ -177,28 +177,43 @@ def suv_threshold(train: list[CachedCase], val: list[CachedCase]) -> tuple[float
     return best, rows
 
 
+# ------------------------------------------------------------------------------------- what a run's config (a dict) means
+def kind_of(source: str) -> str:
+    """ "petct" or "brain", of a run's `data`."""
+    return "brain" if source in ("brain", "phantom-brain") else "petct"
+
+
+def targets_of(c: dict) -> tuple[str, ...]:
+    """The names of the maps that `foreground_probability` returns, in its order: the brain's v1 has no whole tumour."""
+    return tuple(t for t in TARGETS[kind_of(c["data"])] if not (t == "whole" and c["model"] == "v1"))
+
+
+def recipe_of(c: dict) -> Recipe:
+    """The preprocessing that a config asks for."""
+    if kind_of(c["data"]) == "brain":
+        return Recipe("brain", tuple(c["spacing"]), "RAS")
+    return Recipe("petct", tuple(c["spacing"]), "LAS", tuple(c["ct_window"]), tuple(c["suv_window"]))
+
+
+def model_of(c: dict) -> MirrorUNet:
+    """The network that a config names, freshly initialised. Raises ValueError where there is no such network."""
+    weight = c["ct_weight"] if c["ct_weight"] == "learnable" else float(c["ct_weight"])
+    return MirrorUNet(c["model"], c["share"], c["channels"], c["norm"], kind_of(c["data"]), weight)
+
+
 # --------------------------------------------------------------------------------------------------------- the program
 def load_model(path, device: str = "cpu") -> tuple[MirrorUNet, dict]:
     """The network of a checkpoint, in eval mode, and its run's config. Raises UserError for anything that is no checkpoint of ours."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)  # a stranger's file cannot run code
         c = state["config"]
-        kind = "brain" if "brain" in c["data"] else "petct"
-        weight = c["ct_weight"] if c["ct_weight"] == "learnable" else float(c["ct_weight"])
-        model = MirrorUNet(c["model"], c["share"], c["channels"], c["norm"], kind, weight).to(device)
+        model = model_of(c).to(device)
         model.load_state_dict(state["model"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as e:  # torch, pickle and zip each have errors of their own
         raise UserError(f"{path}: not a checkpoint of train.py: {(str(e) or repr(e)).splitlines()[0]}") from None
-    return model.eval(), c | {"kind": kind}
-
-
-def recipe_of(c: dict) -> Recipe:
-    """The preprocessing that a run's config asks for."""
-    if c["kind"] == "brain":
-        return Recipe("brain", tuple(c["spacing"]), "RAS")
-    return Recipe("petct", tuple(c["spacing"]), "LAS", tuple(c["ct_window"]), tuple(c["suv_window"]))
+    return model.eval(), c
 
 
 def save_mask(mask: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
@@ -223,7 +238,8 @@ def predict_study(models: list, c: dict, case: Case, out: Path, device: str, thr
 
     Several models: their probabilities are averaged. Brain masks hold MSD's codes, 1 edema and 2 core.
     """
-    both = c["kind"] == "brain" or any(model.version == "v4" for model in models)
+    brain = kind_of(c["data"]) == "brain"
+    both = brain or any(model.version == "v4" for model in models)
     if both and None in case.images:
         raise UserError(f"{case.name}: {c['model']} needs CT and PET, and the CT is missing (v1, v2 and v3 segment from PET alone)")
     image, affine, _ = load_images(case, recipe_of(c))
@@ -234,11 +250,10 @@ def predict_study(models: list, c: dict, case: Case, out: Path, device: str, thr
     like = like if like.ndim == 3 else like.slicer[..., 0]
     maps = [to_original(p, affine, like) >= threshold for p in prob]
     mask = maps[0]
-    if c["kind"] == "brain":
+    if brain:
         mask = np.where(maps[0], 2, np.logical_or.reduce(maps[1:]))
     save_mask(mask, like, out)
-    names = [t for t in TARGETS[c["kind"]] if len(prob) == len(TARGETS[c["kind"]]) or t != "whole"]
-    return evaluate(case, prob, affine, tuple(names), threshold) if case.label else []
+    return evaluate(case, prob, affine, targets_of(c), threshold) if case.label else []
 
 
 def main(argv: list[str]) -> None:
@@ -257,12 +272,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     loaded = [load_model(path, a.device) for path in a.checkpoint]
     models, c = [model for model, _ in loaded], loaded[0][1]
+    kind = kind_of(c["data"])
     if any(recipe_of(d) != recipe_of(c) for _, d in loaded):
         raise UserError("--checkpoint: the checkpoints of an ensemble must be trained on equally preprocessed data")
-    if sum(map(bool, (a.pet, a.image, a.root))) != 1 or bool(a.image) != (c["kind"] == "brain") and not a.root:
-        raise UserError(f"this checkpoint is of {c['kind']}: give {'--image' if c['kind'] == 'brain' else '--pet'} or --root")
+    if sum(map(bool, (a.pet, a.image, a.root))) != 1 or bool(a.image) != (kind == "brain") and not a.root:
+        raise UserError(f"this checkpoint is of {kind}: give {'--image' if kind == 'brain' else '--pet'} or --root")
     if a.root:
-        cases = find_brain(a.root) if c["kind"] == "brain" else find_petct(a.root, complete=False)
+        cases = find_brain(a.root) if kind == "brain" else find_petct(a.root, complete=False)
         outs = [a.out / f"{case.name}.nii.gz" for case in cases]
     else:
         one = a.image or a.pet

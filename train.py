@@ -36,8 +36,7 @@ import phantom
 from data import Augmentation, UserError
 from losses import MirrorLoss
 from metrics import mean_of, patient_metrics, print_table, write_table
-from mirror_unet import MirrorUNet
-from predict import TARGETS, evaluate, predict_image, program, recipe_of, reconstructions, suv_threshold
+from predict import evaluate, kind_of, model_of, predict_image, program, recipe_of, reconstructions, suv_threshold, targets_of
 
 
 def opt(default, help: str):
@@ -114,7 +113,7 @@ class Config:
 
     @property
     def kind(self) -> str:
-        return "brain" if self.data in ("brain", "phantom-brain") else "petct"
+        return kind_of(self.data)
 
 
 LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw")
@@ -228,7 +227,7 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
         write = phantom.write_brain if c.kind == "brain" else phantom.write_petct
         root = root if c.root else Path(c.cache) / f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm"
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: nothing to resample
-    recipe = recipe_of(dataclasses.asdict(c) | {"kind": c.kind})
+    recipe = recipe_of(dataclasses.asdict(c))
     cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), recipe, c.cache)
     if len(cases) == 1:
         print("one study only: it is trained on and validated on, so the table says nothing about other patients")
@@ -237,7 +236,8 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     if not 0 <= c.fold < len(splits):
         raise UserError(f"--fold {c.fold}: there are folds 0 to {len(splits) - 1}")
     kept = [k for k in cases if k.tumor or c.healthy]
-    train, val = ([k for k in kept if k.name in set(splits[c.fold][side])] for side in ("train", "val"))
+    sides = (set(splits[c.fold][side]) for side in ("train", "val"))
+    train, val = ([k for k in kept if k.name in names] for names in sides)
     if not train or not val:
         raise UserError(f"--fold {c.fold}: {len(train)} studies to train on and {len(val)} held out; each side needs one")
     return train, val
@@ -247,8 +247,7 @@ def build_model(c: Config) -> nn.Module:
     """The network that a config names, freshly initialised from its seed."""
     torch.manual_seed(c.seed)
     try:
-        weight = c.ct_weight if c.ct_weight == "learnable" else float(c.ct_weight)
-        net = MirrorUNet(c.model, c.share, c.channels, c.norm, c.kind, weight)
+        net = model_of(dataclasses.asdict(c))
         net.check_input((c.batch, 2, *c.patch))
         return net
     except ValueError as e:
@@ -289,7 +288,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # seconds: spent on steps
         self.stopping = False
-        self.targets = tuple(t for t in TARGETS[c.kind] if not (t == "whole" and c.model == "v1"))
+        self.targets = targets_of(dataclasses.asdict(c))
         aug = Augmentation(c.flip, c.flip_axes, c.rotate, scale=c.scale, intensity=c.intensity, gamma=c.gamma)
         self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch, c.seed, aug, c.positive, c.per_case)
 
@@ -495,7 +494,8 @@ def prepare_folder(c: Config) -> None:
 def main(argv: list[str]) -> None:
     """The program: options -> a trained network and its run folder. Raises UserError for what the user can mend."""
     c = parse_config(argv)
-    build_model(c)  # refuses what cannot be built before any data are read
+    with torch.device("meta"):  # allocates nothing
+        build_model(c)  # refuses what cannot be built before any data are read
     train, val = load_cases(c)
     prepare_folder(c)
     run = Run(c, train, val)
