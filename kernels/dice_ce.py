@@ -27,6 +27,7 @@ def dice_ce_ref(
     ce_weight: float = 1.0,
     class_weight: Tensor | None = None,
     ignore_index: int | None = None,
+    sync: bool = False,
     upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The loss in plain PyTorch, on any device.
@@ -66,3 +67,6 @@ def dice_ce_ref(
 
     scored = dice if include_background else dice[..., 1:]
     return dice_weight * (1 - scored).mean() + ce_weight * cross_entropy, dice.detach()
+
+
+dice_ce_plain = dice_ce_triton = dice_ce_ref

@@ -63,7 +63,7 @@ def norm_act_ref(
     return (y if residual is None else y + residual).to(dtype)
 
 
-def norm_act(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
+def norm_act_plain(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
     """`norm_act_ref` with the backward pass of this file's head, in plain PyTorch on any device; first derivatives only."""
     return _NormAct.apply(x, weight, bias, slope, residual, eps)
 
@@ -139,3 +139,6 @@ def _affine(rows: _Rows, xhat: Tensor, weight: Tensor | None, bias: Tensor | Non
     """weight xhat + bias; a new tensor, as xhat is needed again."""
     z = xhat.clone() if weight is None else xhat * rows.spread(weight[None])
     return z if bias is None else z.add_(rows.spread(bias[None]))
+
+
+norm_act_triton = norm_act_plain

@@ -69,3 +69,6 @@ def voxel_shuffle_ref(x: Tensor, corners: Tensor, size: int, seed: int | Tensor,
             cube = y[b, :, d : d + size, h : h + size, w : w + size]
             cube.copy_(cube[:, i, j, k])
     return y
+
+
+voxel_shuffle_plain = voxel_shuffle_triton = voxel_shuffle_ref

@@ -5,8 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
+# Kernel tests call the `*_triton` functions: on a GPU where there is one, else in Triton's interpreter, which is chosen for good when
+# triton is imported. All other tests, and the programs they start, run the plain path.
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("MIRROR_UNET_KERNELS", "plain")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("MIRROR_UNET_SHARED", ROOT.parent / "shared"))
