@@ -13,7 +13,6 @@ Two conventions. Arrays are in nibabel's order, (D, H, W) = the volume's first, 
 import hashlib
 import json
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,22 +28,19 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import kernels
-
-
-class UserError(ValueError):
-    """Something the user can mend: bad files, folders or options. Programs print it as one line and exit with 2."""
+from files import UserError, clean_parts, read_header, read_nifti, same_grid, whole, writing
 
 
 # ------------------------------------------------------------------------------------------------------ files -> cases
 @dataclass(frozen=True)
 class Case:
-    """One study on disk. `images`: petct (CT, PET) files; brain (one file of four channels,)."""
+    """One study on disk. `images`: petct (CT or None, PET) files; brain (one file of four channels,), or (T2w, FLAIR) files."""
 
     name: str
     patient: str
     images: tuple[Path | None, ...]
     label: Path | None
-    channels: tuple[int, ...] = ()  # brain: which channels are T2w and FLAIR
+    channels: tuple[int, ...] = ()  # brain, one file: which channels are T2w and FLAIR
     roles: tuple[tuple[int, str], ...] = ()  # brain: label code -> "edema" | "core"
 
 
@@ -121,31 +117,6 @@ class Recipe:
 BRAIN_RECIPE = Recipe(kind="brain", spacing=(1.0, 1.0, 1.0), orientation="RAS")
 
 
-def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
-    """Load an image whole, as float32. Raises UserError for missing or broken files, wrong dimensions, NaN or infinity."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        image = nib.load(path)
-        data = image.get_fdata(dtype=np.float32)
-    except Exception as e:  # nibabel, zlib and gzip each have errors of their own for a broken file
-        raise UserError(f"{path}: not a readable NIfTI file, perhaps cut short: {(str(e) or repr(e)).splitlines()[0]}") from None
-    if data.ndim != ndim:
-        raise UserError(f"{path}: expected {ndim} dimensions, found shape {data.shape}")
-    if not np.isfinite(data).all():
-        raise UserError(f"{path}: {int((~np.isfinite(data)).sum())} voxels are NaN or infinite")
-    return nib.Nifti1Image(np.ascontiguousarray(data), image.affine)  # files are in Fortran order, in which resampling is 4 x slower
-
-
-def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
-    """Raise UserError unless both images have the same voxels (3D shape, and corners within 0.1 mm)."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
-    apart = nib.affines.apply_affine(a.affine, corners) - nib.affines.apply_affine(b.affine, corners)
-    if a.shape[:3] != b.shape[:3] or np.abs(apart).max() > 0.1:
-        raise UserError(f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}: not on one grid; resample one to the other first")
-
-
 def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Image:
     """Turn the axes to `orientation`, then resample trilinearly to `spacing` (mm); an oblique image stays oblique.
 
@@ -171,31 +142,35 @@ def _window(image: nib.Nifti1Image, low: float, high: float) -> np.ndarray:
 def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
     """The network's input (2, D, H, W) float32 on the recipe's grid, cropped to the patient; that grid's affine; the crop's slices.
 
-    The crop is the bounding box of PET > 0 (brain: of any non-zero channel). A study without a CT file (None) gets a channel of 0.
+    The crop is the bounding box of PET > 0 (brain: of any non-zero channel). Without a CT file (None) PET is all: (1, D, H, W).
     """
     if recipe.kind == "brain":
-        image = read_nifti(case.images[0], ndim=4)
-        if image.shape[3] <= max(case.channels):
-            raise UserError(f"{case.images[0]}: {image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}")
-        pair = [to_grid(image.slicer[..., c], recipe.orientation, recipe.spacing) for c in case.channels]
-        data, grid = np.stack([_z_score(p.get_fdata(dtype=np.float32)) for p in pair]), pair[0]
+        if len(case.images) == 2:
+            pair = [read_nifti(path) for path in case.images]
+            same_grid(*pair, *case.images)
+        else:
+            image = read_nifti(case.images[0], ndim=4)
+            if image.shape[3] <= max(case.channels):
+                raise UserError(f"{case.images[0]}: {image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}")
+            pair = [image.slicer[..., c] for c in case.channels]
+        grids = [to_grid(nib.Nifti1Image(p.dataobj, pair[0].affine), recipe.orientation, recipe.spacing) for p in pair]
+        data, grid = np.stack([_z_score(g.get_fdata(dtype=np.float32)) for g in grids]), grids[0]
         inside = (data != 0).any(0)
     else:
         suv = read_nifti(case.images[1])
         if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
             raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
         grid = to_grid(suv, recipe.orientation, recipe.spacing)
-        second = _window(grid, *recipe.suv_window)
-        first = np.zeros_like(second)
+        channels = [_window(grid, *recipe.suv_window)]
         if case.images[0]:
             ct = read_nifti(case.images[0])
             same_grid(ct, suv, *case.images)
-            ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), suv.affine)  # equal up to rounding; the new grids must be equal
-            first = _window(to_grid(ct, recipe.orientation, recipe.spacing), *recipe.ct_window)
-        data, inside = np.stack([first, second]), second > 0
+            ct = nib.Nifti1Image(ct.dataobj, suv.affine)  # equal up to rounding; the new grids must be equal
+            channels.insert(0, _window(to_grid(ct, recipe.orientation, recipe.spacing), *recipe.ct_window))
+        data, inside = np.stack(channels), channels[-1] > 0
     box = (ndimage.find_objects(inside.astype(np.uint8)) or [tuple(slice(0, n) for n in inside.shape)])[0]
     corner = nib.affines.from_matvec(np.eye(3), [edge.start for edge in box])
-    return data[(slice(None), *box)].astype(np.float32), grid.affine @ corner, box
+    return data[(slice(None), *box)].astype(np.float32, copy=False), grid.affine @ corner, box
 
 
 def _z_score(data: np.ndarray) -> np.ndarray:
@@ -207,16 +182,18 @@ def _z_score(data: np.ndarray) -> np.ndarray:
 
 
 def read_label(case: Case) -> nib.Nifti1Image:
-    """Labels on the original grid: petct 0/1; brain 0, 1 edema, 2 core, whatever the file's own codes."""
-    image = read_nifti(case.label)
+    """Labels on the image's own grid: petct 0/1; brain 0, 1 edema, 2 core, whatever the file's own codes."""
+    image, like = read_nifti(case.label), read_header(case.images[-1])
+    same_grid(image, like, case.label, case.images[-1])
+    image = nib.Nifti1Image(image.dataobj, like.affine)  # equal up to rounding
     data = image.get_fdata(dtype=np.float32)
     codes = [int(c) if c == int(c) else float(c) for c in np.unique(data) if c]
     if not case.channels:  # PET/CT
         if codes not in ([], [1]):
-            raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}")
+            raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}; write tumour as 1 and all else as 0")
         return nib.Nifti1Image(data.astype(np.uint8), image.affine)
     if not set(codes) <= {1, 2, 3, 4} or {3, 4} <= set(codes):
-        raise UserError(f"{case.label}: expected labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS), found {[0, *codes]}")
+        raise UserError(f"{case.label}: expected labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS), found {[0, *codes]}; rename them")
     bare = {1: "core", 2: "edema"} if 4 in codes else {1: "edema", 2: "core", 3: "core"}
     roles = {4: "core"} | (dict(case.roles) or bare)  # code 4 is the enhancing core wherever it occurs
     out = np.zeros(data.shape, np.uint8)
@@ -255,45 +232,52 @@ def _fingerprint(case: Case, recipe: Recipe) -> str:
 def preprocess(case: Case, recipe: Recipe) -> dict:
     """Read one study and bring it to the network's grid: {"image", "label", "foreground", "affine", "tumor"}.
 
-    Labels are resampled as soft masks, the largest wins. "tumor" is that of the file: resampling may lose a tiny one.
+    "tumor" is that of the file: resampling may lose a tiny one.
     """
     image, affine, box = load_images(case, recipe)
-    label, header = read_label(case), read_header(case.images[-1])
-    same_grid(label, header, case.label, case.images[-1])
-    data = np.asarray(label.dataobj)
-    codes = (1,) if recipe.kind == "petct" else (1, 2)
-    soft = [nib.Nifti1Image((data == c).astype(np.float32), header.affine) for c in codes]
-    soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32)[box] for s in soft])
-    label = np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
+    truth = read_label(case)
+    label = label_to_grid(truth, recipe, box)
     foreground = np.argwhere(label > 0).astype(np.int16)
-    return {"image": image.astype(np.float16), "label": label, "foreground": foreground, "affine": affine, "tumor": bool(data.any())}
+    tumor = bool(np.any(truth.dataobj))
+    return {"image": image.astype(np.float16), "label": label, "foreground": foreground, "affine": affine, "tumor": tumor}
 
 
-def read_header(path) -> nib.Nifti1Image:
-    """The image without its voxels, for its grid. Raises UserError where it cannot be read."""
-    try:
-        return nib.load(path)
-    except Exception as e:
-        raise UserError(f"{path}: not a readable NIfTI file: {(str(e) or repr(e)).splitlines()[0]}") from None
+def label_to_grid(truth: nib.Nifti1Image, recipe: Recipe, box: tuple[slice, ...]) -> np.ndarray:
+    """`read_label`'s labels on `load_images`' grid, (D, H, W) uint8: resampled as soft masks, the largest wins."""
+    codes = (1,) if recipe.kind == "petct" else (1, 2)
+    soft = [nib.Nifti1Image((np.asarray(truth.dataobj) == c).astype(np.float32), truth.affine) for c in codes]
+    soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32)[box] for s in soft])
+    return np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
 
 
 def _cache_one(job: tuple[Case, Recipe, Path]) -> None:
-    """Preprocess into a temporary folder, then rename: a cache entry is whole or not there."""
+    """Preprocess one study; the entry is whole or not there. Where another process was faster, its entry is as good."""
     case, recipe, folder = job
     arrays = preprocess(case, recipe)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    for name in ("image", "label", "foreground"):
-        np.save(part / f"{name}.npy", np.ascontiguousarray(arrays[name]))
-    meta = {"affine": arrays["affine"].tolist(), "tumor": arrays["tumor"]}
-    (part / "case.json").write_text(json.dumps(meta))
-    try:
-        part.rename(folder)
-    except OSError:
-        shutil.rmtree(part)
-        if not folder.exists():
-            raise
-        # Else another process was faster, and its entry is as good.
+    with whole(folder) as part:
+        part.mkdir()
+        for name in ("image", "label", "foreground"):
+            np.save(part / f"{name}.npy", np.ascontiguousarray(arrays[name]))
+        (part / "case.json").write_text(json.dumps({"affine": arrays["affine"].tolist(), "tumor": arrays["tumor"]}))
+
+
+def refuse_duplicates(cases: list[Case]) -> None:
+    """UserError where two cases bear one name, or hold the same files: one study would be trained on and validated on."""
+    seen: dict[object, Path] = {}
+    for case in cases:
+        files = [path for path in (*case.images, case.label) if path and path.exists()]
+        for key, what in ((case.name, f"case {case.name} occurs twice"), (tuple(map(_glance, files)), "one study under two names")):
+            if key in seen:
+                raise UserError(f"{what}: {seen[key]} and {case.images[-1]}; remove one of the two")
+            if key:
+                seen[key] = case.images[-1]
+
+
+def _glance(path: Path) -> tuple[int, bytes]:
+    """A file's size and 64 KB from its middle: enough to tell two scans apart."""
+    with open(path, "rb") as f:
+        f.seek(max(0, path.stat().st_size // 2 - 2**15))
+        return path.stat().st_size, f.read(2**16)
 
 
 def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = None) -> list[CachedCase]:
@@ -303,10 +287,10 @@ def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = 
     Raises UserError for unreadable data, and for two cases of one name.
     """
     cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    if len({c.name for c in cases}) < len(cases):
-        twice = sorted(c.name for c in cases if [d.name for d in cases].count(c.name) > 1)
-        raise UserError(f"case {twice[0]} occurs twice")
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    clean_parts(cache)
+    refuse_duplicates(cases)
     folders = [cache / f"{c.name}-{_fingerprint(c, recipe)}" for c in cases]
     jobs = [(c, recipe, f) for c, f in zip(cases, folders) if not (f / "case.json").exists()]
     workers = min(workers or os.cpu_count() or 1, len(jobs))

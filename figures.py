@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from files import whole
+
 TRUTH, PREDICTION = "#2ca02c", "#ff2d95"
 
 
@@ -46,7 +48,8 @@ def curves(metrics: Path, out: Path) -> None:
     axes[2].grid(alpha=0.3)
     if val:
         axes[2].legend(fontsize=8)
-    fig.savefig(out, dpi=110)
+    with whole(out) as part:
+        fig.savefig(part, dpi=110)
     plt.close(fig)
 
 
@@ -89,10 +92,49 @@ def panels(rows: list[dict], out: Path) -> None:
         axis.set_title(title, fontsize=9)
     for axis in grid.ravel():
         axis.set(xticks=[], yticks=[])
-    fig.legend(handles=[plt.Line2D([], [], color=TRUTH, label="truth"), plt.Line2D([], [], color=PREDICTION, label="prediction")],
-               loc="outside lower center", ncols=2, fontsize=8)  # fmt: skip
-    fig.savefig(out, dpi=110)
+    _legend(fig)
+    with whole(out) as part:
+        fig.savefig(part, dpi=110)
     plt.close(fig)
+
+
+def tile(title: str, image: np.ndarray, pred: np.ndarray, truth: np.ndarray | None, spacing, brain: bool) -> dict:
+    """A study in one picture, for `overview`: PET's coronal maximum-intensity projection; brain: the axial slice with the most tumour.
+
+    image, pred, truth: (D, H, W), truth None where it is unknown; spacing in mm. What is returned is two-dimensional, and light.
+    """
+    flat = (lambda a: a.max(1)) if not brain else lambda a: a[:, :, int((pred if truth is None else pred | truth).sum((0, 1)).argmax())]
+    aspect = (spacing[1] if brain else spacing[2]) / spacing[0]
+    return {"title": title, "image": flat(image), "pred": flat(pred), "truth": None if truth is None else flat(truth), "aspect": aspect,
+            "cmap": "gray" if brain else "gray_r"}  # fmt: skip
+
+
+def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
+    """One picture of a folder of predictions: the first `most` tiles, with the prediction's outline and, where it is known, the truth's."""
+    tiles = tiles[:most]
+    columns = min(8, len(tiles))
+    rows = -(-len(tiles) // columns)
+    tall = max(t["image"].shape[1] * t["aspect"] / t["image"].shape[0] for t in tiles)
+    fig, grid = plt.subplots(rows, columns, figsize=(2 * columns, (2 * tall + 0.4) * rows + 0.3), squeeze=False, layout="constrained")
+    for axis in grid.ravel():
+        axis.axis("off")
+    for axis, t in zip(grid.ravel(), tiles):
+        high = max(np.percentile(t["image"], 99.7), 1e-3)
+        low = 0.0 if t["cmap"] == "gray_r" else np.percentile(t["image"], 1)
+        axis.imshow(t["image"].T, origin="lower", aspect=t["aspect"], vmin=low, vmax=high, cmap=t["cmap"])
+        if t["truth"] is not None:
+            _outline(axis, t["truth"], TRUTH)
+        _outline(axis, t["pred"], PREDICTION)
+        axis.set_title(t["title"], fontsize=7)
+    _legend(fig)
+    with whole(out) as part:
+        fig.savefig(part, dpi=110)
+    plt.close(fig)
+
+
+def _legend(fig) -> None:
+    marks = [plt.Line2D([], [], color=TRUTH, label="truth"), plt.Line2D([], [], color=PREDICTION, label="prediction")]
+    fig.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8)
 
 
 # --------------------------------------------------------------------------------------------------- the architecture

@@ -65,6 +65,7 @@ class MirrorLoss(nn.Module):
         version, preset: as MirrorUNet's.
         lambda_seg, lambda_rec, lambda_cls: weights of segmentation, reconstruction and classification in v1-v3 (the release's
             values are the defaults). v4 and the brain preset have fixed weights and ignore them, as the release does.
+        sync: Dice and cross entropy of the batches of all processes together, see `kernels.dice_ce_ref`.
 
     batch: a dict with the clean images "ct" and "pet" (B, 1, D, H, W), integer labels "seg" (B, 1, D, H, W) and "tumor" (B,);
     brain: integer labels "core", "edema" and (v2) "whole" (B, 1, D, H, W). Only what the version needs is read.
@@ -73,18 +74,18 @@ class MirrorLoss(nn.Module):
     the soft Dice losses among them are 1 - Dice of the foreground.
     """
 
-    def __init__(self, version="v3", preset="petct", lambda_seg=0.5, lambda_rec=1e-3, lambda_cls=1e-2):
+    def __init__(self, version="v3", preset="petct", lambda_seg=0.5, lambda_rec=1e-3, lambda_cls=1e-2, sync=False):
         super().__init__()
-        self.version, self.preset = version, preset
+        self.version, self.preset, self.sync = version, preset, sync
         self.lambda_seg, self.lambda_rec, self.lambda_cls = lambda_seg, lambda_rec, lambda_cls
 
     def forward(self, outputs: tuple, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         parts: dict[str, Tensor] = {}
         if self.preset == "brain":
             targets = ("core", "edema") if self.version == "v1" else ("core", "whole", "edema")
-            terms = [_segmentation(getattr(outputs, name), batch[name], name, parts) for name in targets]
+            terms = [_segmentation(getattr(outputs, name), batch[name], name, parts, self.sync) for name in targets]
             return torch.stack(terms).mean() / 3, parts
-        total = _segmentation(outputs.seg, batch["seg"], "seg", parts)
+        total = _segmentation(outputs.seg, batch["seg"], "seg", parts, self.sync)
         if self.version == "v4":
             return total, parts
         total = self.lambda_seg * total + self.lambda_rec * self._reconstruction(outputs, batch, parts)
@@ -102,9 +103,9 @@ class MirrorLoss(nn.Module):
         return torch.stack(terms).mean()
 
 
-def _segmentation(logits: Tensor, target: Tensor, name: str, parts: dict[str, Tensor]) -> Tensor:
+def _segmentation(logits: Tensor, target: Tensor, name: str, parts: dict[str, Tensor], sync: bool) -> Tensor:
     """Dice + CE of one target, its two halves entered into parts."""
-    loss, dice = kernels.dice_ce(logits, target)
+    loss, dice = kernels.dice_ce(logits, target, sync=sync)
     parts[f"{name}_dice"] = 1 - dice[1:].mean()
     parts[f"{name}_ce"] = loss.detach() - parts[f"{name}_dice"]
     return loss

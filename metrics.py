@@ -9,11 +9,12 @@ Components are 18-connected (voxels that share a face or an edge), as in the Aut
 
 import csv
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage, stats
+
+from files import whole
 
 _CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)
 
@@ -89,12 +90,10 @@ def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float
 
 def write_table(rows: list[dict], path: Path) -> None:
     """A CSV file, a row a case and target; an undefined number is an empty cell."""
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="") as f:
+    with whole(path) as part, open(part, "w", newline="") as f:
         writer = csv.DictWriter(f, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows)
-    os.replace(part, path)
 
 
 def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:

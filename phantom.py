@@ -14,13 +14,14 @@ A study is a pure function of (seed, index, spacing). Array axes run left, front
 """
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+
+from files import UserError, whole
 
 TISSUES = {  # HU, SUV from, SUV to, share of studies that show it, SUV in the others
     "air": (-1000, 0, 0, 1, 0), "fat": (-100, .25, .4, 1, 0), "muscle": (50, .45, .7, 1, 0),
@@ -358,37 +359,27 @@ def brain_study(index: int, seed: int = 0, spacing=(2., 2., 2.)) -> BrainStudy:
     return BrainStudy(image, seg.astype(np.uint8), affine, f"BRATS_{index + 1:03d}")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file under another name, then rename it: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _store(paths: list[Path], seed: int, index: int, spacing, make) -> None:
     """Write what `make() -> (arrays, affine)` returns as NIfTI, unless all is there; headers say how it was made."""
     text = f"phantom 1, seed {seed}, study {index}, {'x'.join(f'{s:g}' for s in spacing)} mm"
     if all(path.exists() for path in paths):
         for path in paths:
             if (found := nib.load(path).header["descrip"].item().decode()) != text:
-                raise ValueError(f"{path} holds '{found}', not '{text}': choose another folder, or delete this one")
+                raise UserError(f"{path} holds '{found}', not '{text}': choose another folder, or delete this one")
         return
     arrays, affine = make()
     for path, array in zip(paths, arrays):
         image = nib.Nifti1Image(array, affine)
         image.header["descrip"] = text
         image.header.set_xyzt_units("mm")
-        _replace(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+        with whole(path) as part:
+            part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def write_petct(root, n: int, seed: int = 0, spacing=(4., 4., 4.)) -> list[Path]:
     """Write `n` studies in AutoPET's layout, root/PETCT_0002/visit1/{CTres,SUV,SEG}.nii.gz; return the study folders.
 
-    Complete studies are kept. Raises ValueError where they were made with another seed or spacing.
+    Complete studies are kept. Raises UserError where they were made with another seed or spacing.
     """
     def make():
         study = petct_study(index, seed, spacing)
@@ -414,5 +405,6 @@ def write_brain(root, n: int, seed: int = 0, spacing=(2., 2., 2.)) -> Path:
     pairs = [{"image": f"./imagesTr/{f}", "label": f"./labelsTr/{f}"} for f in files]
     content = {"name": "synthetic brain tumours", "tensorImageSize": "4D", "modality": dict(zip("0123", modality)),
                "labels": MRI_LABELS, "numTraining": n, "numTest": 0, "training": pairs, "test": []}
-    _replace(Path(root, "dataset.json"), json.dumps(content, indent=1).encode())
+    with whole(Path(root, "dataset.json")) as part:
+        part.write_text(json.dumps(content, indent=1))
     return Path(root)

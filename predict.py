@@ -1,33 +1,41 @@
 """From a trained network to a mask on the input's own grid: sliding window -> probabilities -> resample back -> metrics.
 
     python predict.py --checkpoint runs/NAME/best.pt --pet SUV.nii.gz [--ct CTres.nii.gz] --out SEG_pred.nii.gz
-    python predict.py --checkpoint runs/NAME/best.pt --image FOUR_CHANNEL.nii.gz --out SEG_pred.nii.gz          (brain)
+    python predict.py --checkpoint runs/NAME/best.pt --image FOUR_CHANNEL.nii.gz --out SEG_pred.nii.gz          (brain; or --t2w --flair)
     python predict.py --checkpoint runs/NAME/best.pt --root DIR --out DIR      every study of a folder; a table where truth is there
 
 Windows overlap by half; each is weighted by a Gaussian, so that a voxel listens most to the window it is central in, and the
-probabilities (not the logits) are averaged: one map a target, nothing else is kept.
+probabilities (not the logits) are averaged. What is kept of a volume is one map a target and the sum of the weights; what is computed,
+no more than the target needs: the PET branch alone in v1-v3, which needs no CT.
 """
 
 import argparse
-import os
-import sys
+import contextlib
+import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
 from nibabel.processing import resample_from_to
 from torch import Tensor
+from tqdm import tqdm
 
-from data import CachedCase, Case, Recipe, UserError, find_brain, find_petct, load_images, read_header, read_label
+import figures
+from data import CachedCase, Case, Recipe, find_brain, find_petct, label_to_grid, load_images, read_label
+from files import CannotWrite, UserError, program, read_header, same_grid, whole
 from metrics import case_metrics, print_table, write_table
 from mirror_unet import BrainOutput, MirrorUNet
 
 TARGETS = {"petct": ("seg",), "brain": ("core", "whole", "edema")}
 
 
+# ----------------------------------------------------------------------------------------------------- sliding window
 def window_starts(shape, size, overlap: float = 0.5) -> list[tuple[int, ...]]:
     """Corners of the windows that cover a volume: a regular grid, the last window of an axis moved back inside.
 
@@ -49,15 +57,16 @@ def gaussian_window(size, sigma: float = 0.125) -> Tensor:
 
 
 @torch.no_grad()
-def sliding_window(image: Tensor, predict: Callable[[Tensor], Tensor], size, overlap: float = 0.5, batch: int = 2) -> Tensor:
+def sliding_window(image: Tensor, predict: Callable[[Tensor], Tensor], size, overlap=0.5, batch=2, title: str | None = None) -> Tensor:
     """Gaussian-weighted mean of `predict` over overlapping windows.
 
     Args:
         image: (C, D, H, W); zero-padded on both sides where it is smaller than a window.
         predict: (N, C, *size) -> (N, K, *size), at most `batch` windows at a time.
         size: window, three numbers. overlap: share of a window's side that the next one covers again.
+        title: of a progress bar; None: no bar.
 
-    Returns (K, D, H, W) float32 on image's device.
+    Returns (K, D, H, W) float32 on image's device. Beside the image and that, memory holds the weights' sum (D, H, W) and a batch.
     """
     shape = image.shape[1:]
     missing = [max(s - n, 0) for n, s in zip(shape, size, strict=True)]
@@ -67,7 +76,7 @@ def sliding_window(image: Tensor, predict: Callable[[Tensor], Tensor], size, ove
     starts = window_starts(image.shape[1:], size, overlap)
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
     total = norm = None
-    for i in range(0, len(places), batch):
+    for i in tqdm(range(0, len(places), batch), desc=title, unit="batch", leave=False, disable=title is None):
         out = predict(torch.stack([image[(slice(None), *place)] for place in places[i : i + batch]])).float()
         if total is None:
             total, norm = image.new_zeros(out.shape[1], *image.shape[1:]), image.new_zeros(image.shape[1:])
@@ -75,30 +84,50 @@ def sliding_window(image: Tensor, predict: Callable[[Tensor], Tensor], size, ove
             total[(slice(None), *place)] += one * weight
             norm[place] += weight
     inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
-    return total[(slice(None), *inner)] / norm[inner]
+    return total.div_(norm)[(slice(None), *inner)]
+
+
+def needs_both(model: torch.nn.Module) -> bool:
+    """Whether a segmentation by this network takes both modalities; a Mirror U-Net v1-v3 takes PET alone."""
+    return not isinstance(model, MirrorUNet) or model.preset == "brain" or model.version == "v4"
 
 
 def foreground_probability(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(B, 2, D, H, W) -> probabilities (B, K, D, H, W) of the K targets, and the probability of a tumour (B,) where there is one.
 
-    A Mirror U-Net v1-v3 runs only its PET branch: its segmentation does not depend on CT.
+    A Mirror U-Net v1-v3 runs only its PET branch: its segmentation does not depend on CT, and x may be PET alone, (B, 1, D, H, W).
     """
-    if isinstance(model, MirrorUNet) and model.preset == "petct" and model.version != "v4":
-        out = model.segment(x[:, 1:2])
-    else:
-        out = model(x)
+    out = model(x) if needs_both(model) else model.segment(x[:, -1:])
     logits = [t for t in (out.core, out.whole, out.edema) if t is not None] if isinstance(out, BrainOutput) else [out.seg]
     prob = torch.cat([t.float().softmax(1)[:, 1:2] for t in logits], dim=1)
     tumor = None if isinstance(out, BrainOutput) or out.tumor is None else out.tumor.float().sigmoid()
     return prob, tumor
 
 
-@torch.no_grad()
-def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), autocast=None) -> tuple[Tensor, float | None]:
-    """Probability maps (K, D, H, W) of a preprocessed study (2, D, H, W), and its score: the highest "tumour" probability of a window.
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module):
+    """Eval mode without gradients, and back to the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
-    flip_axes: average over the mirror images along all combinations of these axes (test-time augmentation): give only axes that
-    training mirrored too. autocast: a context for mixed precision.
+
+def autocast(device: str, amp: str) -> torch.autocast:
+    """The context of `--amp off | bf16 | fp16`."""
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+
+
+def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), amp="off", title=None) -> tuple[Tensor, float | None]:
+    """Probability maps (K, D, H, W) of a preprocessed study, and its score: the highest "tumour" probability of a window (v3).
+
+    image: (2, D, H, W), or PET alone (1, D, H, W) where the network needs no CT. flip_axes: average over the mirror images along all
+    combinations of these axes (test-time augmentation): give only axes that training mirrored too. amp, title: as `autocast`'s and
+    `sliding_window`'s.
     """
     scores: list[Tensor] = []
     flips = [[2 + axis for axis in some] for n in range(len(flip_axes) + 1) for some in combinations(flip_axes, n)]
@@ -113,30 +142,26 @@ def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=()
             scores.append(score)
         return mean
 
-    was_training = model.training
-    model.eval()
-    with autocast or torch.autocast(image.device.type, enabled=False):
-        prob = sliding_window(image, predict, size, overlap, batch)
-    model.train(was_training)
+    with evaluating(model), autocast(image.device.type, amp):
+        prob = sliding_window(image, predict, size, overlap, batch, title)
     return prob, float(torch.cat(scores).max()) if scores else None
 
 
 def reconstructions(model, image: Tensor, size, overlap=0.5, batch=2) -> dict[str, np.ndarray]:
     """What a Mirror U-Net v1-v3 reconstructs of a clean study (2, D, H, W): {"CT": (D, H, W)}, in v2 and v3 also "PET"; else {}."""
-    if not isinstance(model, MirrorUNet) or model.preset == "brain" or model.version == "v4":
+    if needs_both(model):
         return {}
 
     def predict(x: Tensor) -> Tensor:
         out = model(x)
         return out.ct if out.pet is None else torch.cat([out.ct, out.pet], dim=1)
 
-    was_training = model.training
-    model.eval()
-    maps = sliding_window(image, predict, size, overlap, batch)
-    model.train(was_training)
+    with evaluating(model):
+        maps = sliding_window(image, predict, size, overlap, batch)
     return dict(zip(("CT", "PET"), maps.cpu().numpy()))
 
 
+# -------------------------------------------------------------------------------------- back to the input's own grid
 def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
     """Resample a map (D, H, W) from the grid of `affine` to the grid of the image `like`, trilinearly; 0 outside."""
     if prob.shape == like.shape[:3] and np.allclose(affine, like.affine, atol=1e-4):
@@ -144,15 +169,24 @@ def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> 
     return resample_from_to(nib.Nifti1Image(prob, affine), (like.shape[:3], like.affine), order=1, cval=0.0).get_fdata(dtype=np.float32)
 
 
-def evaluate(case: Case, prob: np.ndarray, affine: np.ndarray, targets: tuple[str, ...], threshold: float = 0.5) -> list[dict]:
-    """Metrics of one case on its original grid, a row a target: probabilities (K, D, H, W) on the grid of `affine` >= threshold."""
-    truth = read_label(case)
-    labels, rows = np.asarray(truth.dataobj), []
-    spacing = nib.affines.voxel_sizes(truth.affine)
-    for name, p in zip(targets, prob, strict=True):
-        mask = to_original(p, affine, truth) >= threshold
-        true = {"seg": labels > 0, "whole": labels > 0, "core": labels == 2, "edema": labels == 1}[name]
-        rows.append({"case": case.name, "target": name, **case_metrics(mask, true, spacing)})
+def to_masks(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image, threshold: float) -> list[np.ndarray]:
+    """Maps (K, D, H, W) on the grid of `affine` -> K masks (D, H, W), bool, on the grid of `like`."""
+    return [to_original(p, affine, like) >= threshold for p in prob]
+
+
+def evaluate(case: Case, masks: list[np.ndarray], targets: tuple[str, ...]) -> list[dict]:
+    """Metrics of one case, a row a target. masks: (D, H, W) bool each, on the input's own grid. Without a truth only volumes are known."""
+    like, rows = read_header(case.images[-1]), []
+    spacing = nib.affines.voxel_sizes(like.affine)
+    labels = np.asarray(read_label(case).dataobj) if case.label else None
+    for name, mask in zip(targets, masks, strict=True):
+        if labels is None:
+            numbers = dict.fromkeys(("dice", "fpv_ml", "fnv_ml", "truth_ml"), math.nan)
+            numbers["pred_ml"] = np.count_nonzero(mask) * float(np.prod(spacing)) / 1000
+        else:
+            true = {"seg": labels > 0, "whole": labels > 0, "core": labels == 2, "edema": labels == 1}[name]
+            numbers = case_metrics(mask, true, spacing)
+        rows.append({"case": case.name, "target": name, **{k: numbers[k] for k in ("dice", "fpv_ml", "fnv_ml", "pred_ml", "truth_ml")}})
     return rows
 
 
@@ -204,102 +238,168 @@ def model_of(c: dict) -> MirrorUNet:
 # --------------------------------------------------------------------------------------------------------- the program
 def load_model(path, device: str = "cpu") -> tuple[MirrorUNet, dict]:
     """The network of a checkpoint, in eval mode, and its run's config. Raises UserError for anything that is no checkpoint of ours."""
+    state = load_checkpoint(path, device)
+    c = state["config"]
     try:
-        state = torch.load(path, map_location=device, weights_only=True)  # a stranger's file cannot run code
-        c = state["config"]
         model = model_of(c).to(device)
         model.load_state_dict(state["model"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as e:  # torch, pickle and zip each have errors of their own
-        raise UserError(f"{path}: not a checkpoint of train.py: {(str(e) or repr(e)).splitlines()[0]}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        why = " ".join(str(e).split())[:160]
+        raise UserError(f"{path}: does not fit the network it names ({c.get('model')}), perhaps of another version: {why}") from None
     return model.eval(), c
 
 
-def save_mask(mask: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
-    """Write labels (D, H, W) as uint8 NIfTI with the shape, affine and header of `like`; whole or not at all."""
-    header = like.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    image = nib.Nifti1Image(mask.astype(np.uint8), like.affine, header)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+def load_checkpoint(path, device="cpu") -> dict:
+    """What train.py saved. A stranger's file cannot run code. Raises UserError for anything that is no checkpoint of ours."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(image, part)
-        os.replace(part, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:  # torch, pickle and zip each have errors of their own
+        why = (str(e) or repr(e)).splitlines()[0][:160]
+        raise UserError(f"{path}: not a checkpoint of train.py, or cut short; give a run's best.pt or last.pt ({why})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "model" not in state:
+        raise UserError(f"{path}: not a checkpoint of train.py: it holds no config; give a run's best.pt or last.pt")
+    return state
 
 
-def predict_study(models: list, c: dict, case: Case, out: Path, device: str, threshold: float) -> list[dict]:
-    """Segment one study, write the mask, and score it where its truth is there: rows as `evaluate`'s.
+def save_nifti(array: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
+    """Write (D, H, W) as NIfTI in the array's dtype, with the affine and header of `like`; whole or not at all."""
+    header = like.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = header["cal_min"] = 0  # the input's display window
+    with whole(path) as part:
+        nib.save(nib.Nifti1Image(array, like.affine, header), part)
 
-    Several models: their probabilities are averaged. Brain masks hold MSD's codes, 1 edema and 2 core.
+
+class Prediction(NamedTuple):
+    """One segmented study."""
+
+    rows: list[dict]  # `evaluate`'s, and v3's score of the patient
+    tile: dict  # its picture for `figures.overview`
+
+
+def predict_study(models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False, options=None) -> Prediction:
+    """Segment one study and write the mask, on the input's grid; score it where its truth is there.
+
+    models: `load_model`'s pairs; the probabilities of several are averaged. Brain masks hold MSD's codes, 1 edema and 2 core.
+    probabilities: also write each target's map, beside the mask. options: win over the checkpoints' configs ("threshold", "flips", ...).
     """
-    brain = kind_of(c["data"]) == "brain"
-    both = brain or any(model.version == "v4" for model in models)
+    configs = [c | (options or {}) for _, c in models]
+    c, brain = configs[0], kind_of(configs[0]["data"]) == "brain"
+    both, like = any(needs_both(model) for model, _ in models), read_header(case.images[-1])
+    if not brain and case.images[0]:
+        same_grid(read_header(case.images[0]), like, *case.images)
     if both and None in case.images:
         raise UserError(f"{case.name}: {c['model']} needs CT and PET, and the CT is missing (v1, v2 and v3 segment from PET alone)")
-    image, affine, _ = load_images(case, recipe_of(c))
-    x = torch.from_numpy(image).to(device)
-    options = dict(size=c["patch"], overlap=c["overlap"], batch=c["batch"], flip_axes=c["flip_axes"] if c["flips"] else ())
-    prob = sum(predict_image(model, x, **options)[0] / len(models) for model in models).cpu().numpy()
-    like = read_header(case.images[-1])
+    image, affine, box = load_images(case if both else replace(case, images=(None, case.images[-1])), recipe_of(c))
+    x, prob, scores = torch.from_numpy(image).to(device), 0, []
+    for (model, _), d in zip(models, configs):
+        flip_axes, amp = d["flip_axes"] if d["flips"] else (), d["amp"] if torch.device(device).type == "cuda" else "off"
+        one, score = predict_image(model, x, d["patch"], d["overlap"], d["batch"], flip_axes, amp, title=case.name)
+        prob = prob + one.div_(len(models))
+        scores += [] if score is None else [score]
+    prob = prob.cpu().numpy()
     like = like if like.ndim == 3 else like.slicer[..., 0]
-    maps = [to_original(p, affine, like) >= threshold for p in prob]
-    mask = maps[0]
-    if brain:
-        mask = np.where(maps[0], 2, np.logical_or.reduce(maps[1:]))
-    save_mask(mask, like, out)
-    return evaluate(case, prob, affine, targets_of(c), threshold) if case.label else []
+    masks = []
+    for target, p in zip(targets_of(c), prob):
+        p = to_original(p, affine, like)
+        masks.append(p >= c["threshold"])
+        if probabilities:
+            save_nifti(p.astype(np.float32), like, out.with_name(out.name.replace(".nii", f"_{target}_probability.nii")))
+    mask = np.where(masks[0], 2, np.logical_or.reduce(masks[1:])) if brain else masks[0]
+    save_nifti(mask.astype(np.uint8), like, out)
+    score = float(np.mean(scores)) if scores else math.nan
+    rows = [row | {"tumor_score": score} for row in evaluate(case, masks, targets_of(c))]
+    truth = label_to_grid(read_label(case), recipe_of(c), box) > 0 if case.label else None
+    title = case.name + (f"\nDice {rows[0]['dice']:.2f}" if rows[0]["dice"] == rows[0]["dice"] else "")
+    tile = figures.tile(title, image[-1], (prob >= c["threshold"]).any(0), truth, nib.affines.voxel_sizes(affine), brain)
+    return Prediction(rows, tile)
+
+
+def options_of(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UserError for what does not go together."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", required=True, help="best.pt of a run; several of one kind: an ensemble")
+    add("--pet", type=Path, help="SUV.nii.gz")
+    add("--ct", type=Path, help="CTres.nii.gz on the PET's grid; v1, v2 and v3 do not need it")
+    add("--image", type=Path, help="brain: four channels FLAIR, T1w, T1gd, T2w in one file")
+    add("--t2w", type=Path, help="brain: T2w in a file of its own, with --flair")
+    add("--flair", type=Path, help="brain: FLAIR in a file of its own, on T2w's grid")
+    add("--root", type=Path, help="a folder of studies in the layout of the training data")
+    add("--out", type=Path, required=True, help="the mask to write, .nii.gz or .nii; with --root a folder")
+    add("--probabilities", action="store_true", help="also write the probability maps, OUT_TARGET_probability.nii.gz")
+    add("--threshold", type=float, help="probability from which a voxel is tumour; default the run's")
+    add("--flips", action=argparse.BooleanOptionalAction, help="average over mirror images; default the run's")
+    add("--overlap", type=float, help="of windows, 0 to 0.9; default the run's")
+    add("--batch", type=int, help="windows at a time; default the run's")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu | cuda | cuda:1 ...")
+    a = parser.parse_args(argv)
+    inputs = [p for p in (a.pet, a.ct, a.image, a.t2w, a.flair) if p]
+    if bool(a.t2w) != bool(a.flair):
+        raise UserError("--t2w and --flair go together: give both files, or one four-channel file with --image")
+    if sum(map(bool, (a.pet, a.image, a.flair, a.root))) != 1:
+        raise UserError("give one input: --pet (and --ct), --image, --t2w and --flair, or --root")
+    if not a.root and not a.out.name.endswith((".nii", ".nii.gz")):
+        raise UserError(f"--out {a.out}: a mask is a NIfTI file; end the name in .nii.gz")
+    if a.out.resolve() in [p.resolve() for p in inputs]:
+        raise UserError(f"--out {a.out}: that is an input, which is never overwritten; choose another name")
+    if not a.root and a.out.is_dir() or a.root and a.out.is_file():
+        raise UserError(f"--out {a.out}: {'a folder; name a file' if a.out.is_dir() else 'a file; name a folder'}")
+    if a.overlap is not None and not 0 <= a.overlap <= 0.9 or a.batch is not None and a.batch < 1:
+        raise UserError("--overlap lies between 0 and 0.9, and --batch is 1 or more")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
+        raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {a.device}: PyTorch sees no CUDA device here; use --device cpu")
+    return a
+
+
+def cases_of(a: argparse.Namespace, kind: str) -> list[tuple[Case, Path]]:
+    """The studies to predict, and each one's mask. Raises UserError where the files are not those of a network of this kind."""
+    if not a.root and bool(a.pet) != (kind == "petct"):
+        fit = "--pet" if kind == "petct" else "--image, or --t2w and --flair,"
+        raise UserError(f"this checkpoint is of {kind}: give {fit} or --root")
+    if a.root:
+        cases = find_brain(a.root) if kind == "brain" else find_petct(a.root, complete=False)
+        return [(case, a.out / f"{case.name}.nii.gz") for case in cases]
+    one = a.image or a.flair or a.pet
+    images = (a.image,) if a.image else (a.t2w, a.flair) if a.flair else (a.ct, a.pet)
+    return [(Case(one.name.split(".nii")[0], "", images, None, (3, 0) if a.image else ()), a.out)]
 
 
 def main(argv: list[str]) -> None:
     """The program: checkpoints and files -> masks. Raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", nargs="+", required=True, help="best.pt of a run; several of one kind: an ensemble")
-    parser.add_argument("--pet", type=Path, help="SUV.nii.gz")
-    parser.add_argument("--ct", type=Path, help="CTres.nii.gz on the PET's grid; v1, v2 and v3 do not need it")
-    parser.add_argument("--image", type=Path, help="brain: four channels FLAIR, T1w, T1gd, T2w in one file")
-    parser.add_argument("--root", type=Path, help="a folder of studies in the layout of the training data")
-    parser.add_argument("--out", type=Path, required=True, help="the mask to write, .nii.gz; with --root a folder")
-    parser.add_argument("--threshold", type=float, help="probability from which a voxel is tumour; default the run's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = parser.parse_args(argv)
-    if a.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    loaded = [load_model(path, a.device) for path in a.checkpoint]
-    models, c = [model for model, _ in loaded], loaded[0][1]
-    kind = kind_of(c["data"])
-    if any(recipe_of(d) != recipe_of(c) for _, d in loaded):
-        raise UserError("--checkpoint: the checkpoints of an ensemble must be trained on equally preprocessed data")
-    if sum(map(bool, (a.pet, a.image, a.root))) != 1 or bool(a.image) != (kind == "brain") and not a.root:
-        raise UserError(f"this checkpoint is of {kind}: give {'--image' if kind == 'brain' else '--pet'} or --root")
-    if a.root:
-        cases = find_brain(a.root) if kind == "brain" else find_petct(a.root, complete=False)
-        outs = [a.out / f"{case.name}.nii.gz" for case in cases]
-    else:
-        one = a.image or a.pet
-        cases = [Case(one.name.split(".nii")[0], "", (a.image,) if a.image else (a.ct, a.pet), None, (3, 0) if a.image else ())]
-        outs = [a.out]
-    threshold, rows = c["threshold"] if a.threshold is None else a.threshold, []
-    for case, out in zip(cases, outs):
-        rows += predict_study(models, c, case, out, a.device, threshold)
-        print(f"{case.name} -> {out}", flush=True)
-    if rows:
-        write_table(rows, a.out / "metrics.csv")
-        print_table(rows, tuple(dict.fromkeys(r["target"] for r in rows)))
-
-
-def program(main: Callable[[list[str]], None]) -> None:
-    """Run a program's main on the command line; what the user can mend becomes one line on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    a = options_of(argv)
+    models = [load_model(path, a.device) for path in a.checkpoint]
+    c = models[0][1]
+    for path, (_, d) in zip(a.checkpoint, models):
+        if (recipe_of(d), targets_of(d)) != (recipe_of(c), targets_of(c)):
+            raise UserError(f"{path}: other preprocessing or targets than {a.checkpoint[0]}; an ensemble needs networks of one kind")
+    options = {k: getattr(a, k) for k in ("threshold", "flips", "overlap", "batch") if getattr(a, k) is not None}
+    rows, tiles, failed, cases = [], [], [], cases_of(a, kind_of(c["data"]))
+    for case, out in cases:
+        try:
+            found = predict_study(models, case, out, a.device, a.probabilities, options)
+        except CannotWrite:
+            raise
+        except UserError as e:
+            if len(cases) == 1:
+                raise
+            failed.append(str(e))
+            continue
+        rows, tiles = rows + found.rows, [*tiles, found.tile]
+        print(f"{case.name} -> {out}: " + ", ".join(f"{r['target']} {r['pred_ml']:.1f} ml" for r in found.rows), flush=True)
+        if a.root:
+            write_table(rows, a.out / "metrics.csv")  # anew each time: a run that is stopped leaves what it did
+    if a.root and rows:
+        figures.overview(tiles, a.out / "overview.png")
+        if any(case.label for case, _ in cases):
+            print_table(rows, targets_of(c))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cases)} studies have no prediction: " + " | ".join(failed))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Files -> cache -> fold -> patches -> steps -> validation on the original grid -> a run folder with config.json, metrics.jsonl,
 last.pt, best.pt, curves.png, validation.png and validation.csv. Without options: the phantom, v3, a few minutes on a laptop.
 
-Every option is a field of `Config`; `--preset` fills in a recipe, options given beside it win.
+Every option is a field of `Config`; `--preset` fills in a recipe, options given beside it win. On several GPUs: torchrun
+--nproc_per_node=N train.py ... (`parallel.py`). A run that was killed, at whatever moment, goes on with --resume exactly where it was.
 """
 
 import os
@@ -12,12 +13,14 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
-import contextlib
 import copy
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import signal
+import subprocess
 import time
 import typing
 from dataclasses import dataclass, field
@@ -27,16 +30,31 @@ import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import figures
+import kernels
+import parallel
 import phantom
-from data import Augmentation, UserError
+from data import Augmentation
+from files import Interrupts, UserError, clean_parts, program, whole, writing
 from losses import MirrorLoss
 from metrics import mean_of, patient_metrics, print_table, write_table
-from predict import evaluate, kind_of, model_of, predict_image, program, recipe_of, reconstructions, suv_threshold, targets_of
+from predict import (
+    autocast,
+    evaluate,
+    kind_of,
+    load_checkpoint,
+    model_of,
+    predict_image,
+    recipe_of,
+    reconstructions,
+    suv_threshold,
+    targets_of,
+    to_masks,
+)  # fmt: skip
 
 
 def opt(default, help: str):
@@ -62,7 +80,7 @@ class Config:
     fold: int = opt(0, "the fold that is held out")
     # patches
     patch: tuple[int, ...] = opt((96, 96, 96), "voxels, multiples of 16")
-    batch: int = opt(2, "patches a step")
+    batch: int = opt(2, "patches a step; with torchrun: a process")
     per_case: int = opt(4, "patches in a row from one study")
     positive: float = opt(2 / 3, "probability of a patch centred on tumour")
     flip: float = opt(0.5, "probability of mirroring, an axis")
@@ -101,6 +119,7 @@ class Config:
     compile: bool = opt(False, "torch.compile the network")
     channels_last: bool = opt(True, "channels_last_3d memory layout")
     workers: int = opt(-1, "loader processes; -1: none on CPU, up to 8 on CUDA")
+    kernels: str = opt("", "auto | triton | plain: who computes losses, norms and shuffles; default MIRROR_UNET_KERNELS, else auto")
     # validation
     validations: int = opt(5, "how often a run is validated, the last time at its end")
     overlap: float = opt(0.5, "of sliding windows")
@@ -108,8 +127,9 @@ class Config:
     flips: bool = opt(True, "average over the mirror images along --flip-axes in the last validation")
     # the run folder
     out: str = opt("", "run folder; default runs/DATA-MODEL-foldK, numbered where it exists")
+    checkpoint_minutes: float = opt(1.0, "between two writings of last.pt; 0: after every step")
     overwrite: bool = opt(False, "replace a run folder that exists")
-    resume: bool = opt(False, "go on with the run in --out")
+    resume: bool = opt(False, "go on with the run in --out; with a run's other options beside it, start it where there is none")
 
     @property
     def kind(self) -> str:
@@ -164,8 +184,9 @@ def parse_config(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     source = given.get("data", "phantom")
     preset = given.pop("preset") or source.removeprefix("phantom-")
-    if given.get("resume"):
-        base = read_config(Path(given.get("out", "")) / "config.json")
+    path = Path(given.get("out", "")) / "config.json"
+    if given.get("resume") and (path.exists() or set(given) <= {"out", "resume"}):
+        base = read_config(path)
     elif preset in PRESETS:
         base = PRESETS[preset]
     else:
@@ -182,7 +203,7 @@ def read_config(path: Path) -> dict:
     """The config of an earlier run. Raises UserError where there is none or it names options that do not exist."""
     try:
         values = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as e:
+    except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"{path}: no run to resume here ({type(e).__name__}); say which with --out") from None
     unknown = set(values) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
@@ -195,11 +216,16 @@ def check_config(c: Config) -> None:
     choices = {
         "data": ("phantom", "petct", "brain", "phantom-brain"), "optimizer": ("adam", "adamw", "sgd"),
         "norm": ("instance", "batch"), "schedule": ("cosine", "poly", "step", "constant"), "amp": ("off", "bf16", "fp16"),
-        "corrupt": ("", "none", "noise", "shuffle"), "device": ("auto", "cpu", "cuda"),
+        "corrupt": ("", "none", "noise", "shuffle"), "device": ("auto", "cpu", "cuda"), "kernels": ("", *kernels.CHOICES),
     }  # fmt: skip
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: use one of {', '.join(a for a in allowed if a)}")
+    for name in ("batch", "steps", "per_case", "validations", "folds", "phantoms"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: give 1 or more")
+    if not 0 <= c.overlap <= 0.9:
+        raise UserError(f"--overlap {c.overlap}: give a share between 0 and 0.9")
     reconstructs = c.kind == "petct" and c.model != "v4"
     if c.corrupt in ("noise", "shuffle") and not reconstructs:
         raise UserError(f"--corrupt {c.corrupt}: {c.kind} {c.model} reconstructs no CT; leave it out, or use v1, v2 or v3 on PET/CT")
@@ -212,6 +238,12 @@ def check_config(c: Config) -> None:
     if c.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of PyTorch")
     c.device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kernels.use(c.kernels)
+    except ValueError as e:
+        raise UserError(f"--kernels {c.kernels}: {e}") from None
+    if c.kernels == "triton" and c.device == "cpu" and not kernels.INTERPRETED:
+        raise UserError("--kernels triton --device cpu: Triton kernels run on a GPU; use --device cuda, or --kernels plain")
     if c.amp == "fp16" and c.device == "cpu":
         raise UserError("--amp fp16 needs a CUDA device; on CPU use --amp bf16 or off")
     if c.amp == "bf16" and c.device == "cpu" and c.patch[0] == 32:
@@ -222,6 +254,8 @@ def check_config(c: Config) -> None:
 # ------------------------------------------------------------------------------------------------------- data and model
 def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]:
     """Find, preprocess and split the studies: (training, validation) of the fold."""
+    if not c.data.startswith("phantom") and not Path(c.root).is_dir():
+        raise UserError(f"--root {c.root}: no such folder")
     root = Path(c.root)
     if c.data.startswith("phantom"):
         write = phantom.write_brain if c.kind == "brain" else phantom.write_petct
@@ -230,7 +264,7 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     recipe = recipe_of(dataclasses.asdict(c))
     cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), recipe, c.cache)
     if len(cases) == 1:
-        print("one study only: it is trained on and validated on, so the table says nothing about other patients")
+        say("one study only: it is trained on and validated on, so the table says nothing about other patients")
         return cases, cases
     splits = data.read_splits(c.splits, cases) if c.splits else data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
     if not 0 <= c.fold < len(splits):
@@ -241,6 +275,12 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     if not train or not val:
         raise UserError(f"--fold {c.fold}: {len(train)} studies to train on and {len(val)} held out; each side needs one")
     return train, val
+
+
+def say(*words) -> None:
+    """Print, once however many processes there are."""
+    if parallel.rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
 
 
 def build_model(c: Config) -> nn.Module:
@@ -275,68 +315,86 @@ class Run:
     def __init__(self, c: Config, train: list[data.CachedCase], val: list[data.CachedCase]):
         self.c, self.train_cases, self.val_cases = c, train, val
         self.folder = Path(c.out)
-        self.device = torch.device(c.device)
+        self.device = parallel.start(c.device)
         layout = torch.channels_last_3d if c.channels_last else torch.contiguous_format
         self.net = build_model(c).to(self.device, memory_format=layout)
         self.mean_net = copy.deepcopy(self.net).requires_grad_(False) if c.ema else self.net
         # Parameters and running statistics of both, each tensor once: a shared level would be averaged twice.
         both = ([*n.parameters(), *n.buffers()] for n in (self.mean_net, self.net))
         self.mean_state, self.net_state = ([p.detach() for p in tensors if p.is_floating_point()] for tensors in both)
-        self.forward = torch.compile(self.net) if c.compile else self.net
-        self.loss = MirrorLoss(c.model, c.kind, c.lambda_seg, c.lambda_rec, c.lambda_cls)
+        forward = parallel.distribute(self.net, self.device)
+        self.forward = torch.compile(forward) if c.compile else forward
+        self.loss = MirrorLoss(c.model, c.kind, c.lambda_seg, c.lambda_rec, c.lambda_cls, sync=parallel.size() > 1)
         self.optimizer = build_optimizer(c, self.net)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
-        self.step, self.seconds, self.best = 0, 0.0, -1.0  # seconds: spent on steps
-        self.stopping = False
+        self.step, self.seen, self.seconds, self.best = 0, 0, 0.0, -1.0  # seen: patches; seconds: spent on steps
+        self.finished = False
         self.targets = targets_of(dataclasses.asdict(c))
         aug = Augmentation(c.flip, c.flip_axes, c.rotate, scale=c.scale, intensity=c.intensity, gamma=c.gamma)
-        self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch, c.seed, aug, c.positive, c.per_case)
+        self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch * parallel.size(), c.seed, aug, c.positive, c.per_case)
 
     # ------------------------------------------------------------------------------------------------------- checkpoints
     def state(self) -> dict:
+        log = self.folder / "metrics.jsonl"
         return {
-            "config": dataclasses.asdict(self.c), "step": self.step, "seconds": self.seconds, "best": self.best,
+            "config": dataclasses.asdict(self.c), "code": code_version(), "step": self.step, "seen": self.seen, "seconds": self.seconds,
+            "best": self.best, "finished": self.finished, "log_bytes": log.stat().st_size if log.exists() else 0,
             "model": self.mean_net.state_dict(), "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
     def save(self, name: str) -> None:
-        """Write a checkpoint under a temporary name, then rename: a file of that name is always whole."""
-        part = self.folder / f"{name}.part"
-        torch.save(self.state(), part)
-        os.replace(part, self.folder / name)
+        """Write a checkpoint, whole or not at all. The schedule needs no state: it is a function of the share of the run that is done."""
+        if parallel.rank() == 0:
+            buffer = io.BytesIO()  # torch.save has errors of its own for a full disk
+            torch.save(self.state(), buffer)
+            with whole(self.folder / name) as part:
+                part.write_bytes(buffer.getbuffer())
 
     def resume(self) -> None:
-        """Take up last.pt, and drop the lines of metrics.jsonl that were written after it."""
-        path = self.folder / "last.pt"
+        """Take up last.pt, and cut metrics.jsonl to what it was then; without a last.pt the run begins anew."""
+        path, log = self.folder / "last.pt", self.folder / "metrics.jsonl"
         if not path.exists():
-            raise UserError(f"--resume: {path} does not exist")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.net.load_state_dict(state["net"])
-        if self.c.ema:
+            say(f"{path}: none was written before the run was stopped; it starts from the beginning")
+            return self.cut_log(0)
+        state = load_checkpoint(path, self.device)
+        for name in ("data", "model", "share", "channels", "norm", "ct_weight", "optimizer"):
+            was, now = (tuple(v) if isinstance(v, list) else v for v in (state["config"].get(name), getattr(self.c, name)))
+            if was != now:
+                raise UserError(
+                    f"{path}: of a run with --{name.replace('_', '-')} {was}, not {now}; leave that option out, or give another --out"
+                )
+        if (code := code_version()) != state["code"]:
+            say(f"note: {path} was written by other code ({state['code']}, this is {code}); the losses may differ from here on")
+        try:
+            self.net.load_state_dict(state["net"])
             self.mean_net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"{path}: does not fit this version's network: {' '.join(str(e).split())[:160]}") from None
+        self.step, self.seen, self.seconds, self.best = state["step"], state["seen"], state["seconds"], state["best"]
+        self.finished = state["finished"]
+        if not log.exists() or log.stat().st_size < state["log_bytes"]:
+            raise UserError(f"{log}: missing or shorter than when {path.name} was written; put it back to go on")
+        self.cut_log(state["log_bytes"])
+
+    def cut_log(self, size: int) -> None:
         log = self.folder / "metrics.jsonl"
-        kept = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-        part = log.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, log)
+        if parallel.rank() == 0 and log.exists():
+            os.truncate(log, size)
 
     def log(self, row: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+        path = self.folder / "metrics.jsonl"
+        if parallel.rank() == 0:
+            with writing(path), open(path, "a") as f:
+                f.write(json.dumps(row) + "\n")
 
     # ---------------------------------------------------------------------------------------------------------- training
     def progress(self) -> float:
         """Share of the run that is done: of its steps, or of its minutes where those run out first."""
         spent = self.seconds / (60 * self.c.minutes) if self.c.minutes else 0.0
         return min(1.0, max(self.step / self.c.steps, spent))
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.c.amp]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """One step; returns the total loss and its parts."""
@@ -350,7 +408,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(hash((c.seed, self.step)) & 0x7FFFFFFF)  # dropout: a function of (seed, step)
-        with self.autocast():
+        with autocast(self.device.type, c.amp):
             out = self.forward(x)
         loss, parts = self.loss(out, batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -362,30 +420,34 @@ class Run:
         if c.ema:
             decay = min(c.ema, (1 + self.step) / (10 + self.step))  # forget the random start quickly
             torch._foreach_lerp_(self.mean_state, self.net_state, 1 - decay)
-        return {"loss": float(loss.detach()), **{k: float(v) for k, v in parts.items()}, "grad_norm": float(norm), "lr": lr}
+        numbers = parallel.mean(torch.stack([loss.detach(), *parts.values(), norm]).double())  # one transfer from the GPU
+        return dict(zip(["loss", *parts, "grad_norm"], numbers.tolist())) | {"lr": lr}
 
-    def ask_to_stop(self, *_) -> None:
-        """Ctrl-C or SIGTERM: finish the step, save, leave."""
-        self.stopping = True
+    def batches(self) -> DataLoader:
+        """The batches of this process from `seen` on."""
+        c, step = self.c, self.c.batch * parallel.size()
+        mine = parallel.rank() * c.batch
+        places = [range(i + mine, i + mine + c.batch) for i in range(self.seen, len(self.patches) - step + 1, step)]
+        workers = c.workers if c.workers >= 0 else 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        return DataLoader(
+            self.patches, batch_sampler=places, num_workers=workers, pin_memory=self.device.type == "cuda", worker_init_fn=ignore_interrupts
+        )
 
     def train(self) -> None:
         """Step until the budget is used up, validating on the way."""
         c = self.c
-        workers = c.workers if c.workers >= 0 else 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
-        rest = Subset(self.patches, range(self.step * c.batch, c.steps * c.batch))
-        loader = DataLoader(rest, c.batch, num_workers=workers, pin_memory=self.device.type == "cuda", persistent_workers=workers > 0)
         done = int(self.progress() * c.validations)
         saved = time.monotonic()
         style = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}"
+        bar = tqdm(total=1000, desc="training", bar_format=style, initial=int(1000 * self.progress()), disable=parallel.rank() > 0)
         self.net.train()
-        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        with tqdm(total=1000, desc="training", bar_format=style, initial=int(1000 * self.progress())) as bar:
-            batches = iter(loader)
+        with Interrupts() as interrupts, bar:
+            batches = iter(self.batches())
             while self.progress() < 1:
                 start = time.monotonic()
                 row = self.train_step(next(batches))
-                self.step += 1
-                self.seconds += time.monotonic() - start
+                self.step, self.seen = self.step + 1, self.seen + c.batch * parallel.size()
+                self.seconds, stopping = parallel.largest(self.seconds + time.monotonic() - start, float(interrupts.asked))
                 if not math.isfinite(row["loss"]) and not self.scaler.is_enabled():
                     raise UserError(f"the loss is {row['loss']} at step {self.step}: try a smaller --lr, or --amp off")
                 self.log({"step": self.step, "seconds": round(self.seconds, 3), **row})
@@ -395,45 +457,54 @@ class Run:
                 if int(self.progress() * c.validations) > done and self.progress() < 1:
                     done = int(self.progress() * c.validations)
                     self.validate(last=False)
-                if self.stopping or time.monotonic() - saved > 60:
+                if stopping or time.monotonic() - saved >= 60 * c.checkpoint_minutes:
                     self.save("last.pt")
                     saved = time.monotonic()
-                if self.stopping:
-                    raise SystemExit(f"\nstopped after step {self.step}; go on with: python train.py --resume --out {self.folder}")
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                if stopping:
+                    message = f"\nstopped after step {self.step}; go on with: python train.py --resume --out {self.folder}"
+                    raise SystemExit(message if parallel.rank() == 0 else 1)
+        self.save("last.pt")
         self.validate(last=True)
 
     # -------------------------------------------------------------------------------------------------------- validation
-    def predict(self, case: data.CachedCase, flip_axes: tuple[int, ...]) -> tuple[np.ndarray, float | None]:
+    def predict(self, case: data.CachedCase, last: bool) -> tuple[np.ndarray, float | None]:
         """Probabilities (K, D, H, W) of a cached study, and v3's score of the patient."""
-        image = torch.from_numpy(case.array("image").astype(np.float32)).to(self.device)
-        prob, score = predict_image(self.mean_net, image, self.c.patch, self.c.overlap, self.c.batch, flip_axes, self.autocast())
+        c, image = self.c, torch.from_numpy(case.array("image").astype(np.float32)).to(self.device)
+        flip_axes = c.flip_axes if last and c.flips else ()
+        prob, score = predict_image(self.mean_net, image, c.patch, c.overlap, c.batch, flip_axes, c.amp)
         return prob.cpu().numpy(), score
 
     def validate(self, last: bool) -> None:
         """Metrics of every held-out case on its original grid; the last time also the table, the csv and the pictures."""
-        rows, probs = [], {}
-        for case in tqdm(self.val_cases, desc="validation", unit="case", leave=False):
-            prob, score = self.predict(case, self.c.flip_axes if last and self.c.flips else ())
-            case_rows = evaluate(case.case, prob, case.affine, self.targets, self.c.threshold)
-            rows += [r | {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score} for r in case_rows]
-            probs[case.name] = prob[0] if self.c.kind == "petct" else prob[self.targets.index("core")]
+        mine = self.val_cases[parallel.rank() :: parallel.size()]
+        rows = []  # of each case a list of rows
+        for case in tqdm(mine, desc="validation", unit="case", leave=False, disable=parallel.rank() > 0):
+            prob, score = self.predict(case, last)
+            masks = to_masks(prob, case.affine, data.read_header(case.case.images[-1]), self.c.threshold)
+            more = {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score}
+            rows.append([r | more for r in evaluate(case.case, masks, self.targets)])
+        rows = [r for case_rows in parallel.gather(rows) for r in case_rows]
         summary = summarise(rows, self.targets)
         self.log({"step": self.step, "val": summary})
-        tqdm.write(f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if not math.isnan(v)))
+        say(f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if not math.isnan(v)))
         dice = float(np.nan_to_num(np.mean([summary[f"{t}_dice"] for t in self.targets]), nan=-1.0))  # no tumour is held out: -1
         if dice >= self.best:
             self.best = dice
             self.save("best.pt")
+        if parallel.rank() == 0:
+            figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            if last:
+                self.report(rows)
+        self.finished = last  # a run that is killed before this line validates again
         self.save("last.pt")
-        figures.curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        if last:
-            write_table(rows, self.folder / "validation.csv")
-            print_table(rows, self.targets)
-            if self.c.kind == "petct":
-                self.compare_threshold()
-            self.draw(rows, probs)
+
+    def report(self, rows: list[dict]) -> None:
+        """The end of a run: its table, the best SUV threshold for comparison, and its pictures."""
+        write_table(rows, self.folder / "validation.csv")
+        print_table(rows, self.targets)
+        if self.c.kind == "petct":
+            self.compare_threshold()
+        self.draw(rows)
 
     def compare_threshold(self) -> None:
         """A line below the table: the same held-out studies, segmented by the best threshold on SUV."""
@@ -444,7 +515,7 @@ class Run:
         numbers = f"Dice {summary['dice']:.3f}, FPV {summary['fpv_ml']:.1f} ml, FNV {summary['fnv_ml']:.1f} ml"
         print(f"for comparison, SUV > {low + best * (high - low):.1f}, the best threshold on the training studies: {numbers}")
 
-    def draw(self, rows: list[dict], probs: dict[str, np.ndarray]) -> None:
+    def draw(self, rows: list[dict]) -> None:
         """validation.png: the best, the middle and the worst case."""
         c, cases = self.c, {k.name: k for k in self.val_cases}
         scored = [r for r in rows if r["target"] == self.targets[0] and not math.isnan(r["dice"])]
@@ -455,10 +526,11 @@ class Run:
             case = cases[row["case"]]
             image, label = case.array("image").astype(np.float32), case.array("label")
             made = reconstructions(self.mean_net, torch.from_numpy(image).to(self.device), c.patch, c.overlap, c.batch)
+            prob = self.predict(case, last=True)[0]
             panels.append({
                 "title": f"{case.name}, {row['target']}\nDice {row['dice']:.2f}  FPV {row['fpv_ml']:.1f} ml  FNV {row['fnv_ml']:.1f} ml",
                 "names": ("CT", "PET") if c.kind == "petct" else ("T2w", "FLAIR"), "images": image,
-                "truth": label > 0 if c.kind == "petct" else label == 2, "pred": probs[case.name] >= c.threshold,
+                "truth": label > 0 if c.kind == "petct" else label == 2, "pred": prob[0] >= c.threshold,
                 "spacing": nib.affines.voxel_sizes(case.affine), "reconstructions": made,
             })  # fmt: skip
         figures.panels(panels, self.folder / "validation.png")
@@ -477,18 +549,38 @@ def summarise(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
     return out
 
 
+def code_version() -> dict[str, str]:
+    """What wrote a checkpoint: the commit, or without git a hash of the sources; and PyTorch."""
+    here = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+        code = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]))).hexdigest()[:12]
+    return {"code": code, "torch": str(torch.__version__)}
+
+
+def ignore_interrupts(_: int) -> None:
+    """In a loader process: Ctrl-C reaches the whole process group, and these have to work until the last step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def prepare_folder(c: Config) -> None:
-    """Choose or check the run folder: one that exists is never written into unless asked."""
+    """Choose or check the run folder: one that exists is never written into unless asked. Its config.json is written first."""
     if not c.out:
         base = f"runs/{c.data}-{c.model}-fold{c.fold}"
         c.out = next(name for i in range(1, 10_000) if not Path(name := base if i == 1 else f"{base}-{i}").exists())
     folder = Path(c.out)
+    if folder.is_file():
+        raise UserError(f"--out {folder}: a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not c.resume:
         if not c.overwrite:
             raise UserError(f"{folder} holds a run; name another with --out, go on with --resume, or replace it with --overwrite")
         for name in ("metrics.jsonl", "last.pt", "best.pt", "curves.png", "validation.png", "validation.csv", "config.json"):
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / "config.json") as part:
+        part.write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    clean_parts(folder)
 
 
 def main(argv: list[str]) -> None:
@@ -496,16 +588,23 @@ def main(argv: list[str]) -> None:
     c = parse_config(argv)
     with torch.device("meta"):  # allocates nothing
         build_model(c)  # refuses what cannot be built before any data are read
-    train, val = load_cases(c)
-    prepare_folder(c)
+    parallel.start(c.device)
+    with parallel.first_alone():
+        train, val = load_cases(c)
+    if parallel.rank() == 0:
+        prepare_folder(c)
+    c.out = parallel.share(c.out)
     run = Run(c, train, val)
     if c.resume:
         run.resume()
-    (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
-    print(json.dumps(dataclasses.asdict(c)))
+    say(json.dumps(dataclasses.asdict(c)))
     count = sum(p.numel() for p in run.net.parameters())
-    print(f"{c.model}, {count:,} parameters, {len(train)} studies to train on, {len(val)} held out, on {c.device} -> {run.folder}")
-    run.train()
+    say(f"{c.model}, {count:,} parameters, {len(train)} studies to train on, {len(val)} held out, on {c.device} -> {run.folder}")
+    if run.finished and run.progress() == 1:
+        say(f"this run is finished, after step {run.step}; to train on, raise --steps or --minutes beside --resume")
+    else:
+        run.train()
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -28,26 +28,36 @@ except ImportError:  # macOS, Windows
     triton = None
 
 CHOICES = ("auto", "triton", "plain")
+_choice = os.environ.get("MIRROR_UNET_KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, when it is imported
 
 __all__ = ["dice_ce", "dice_ce_ref", "norm_act", "norm_act_ref", "voxel_shuffle", "voxel_shuffle_ref", "use"]
 
 
-def use(choice: str) -> None:
-    """Which path the operations take from now on: "auto", "triton" or "plain". Raises ValueError where Triton is asked for and missing."""
+def use(choice: str = "") -> None:
+    """Which path the operations take from now on: "auto", "triton" or "plain"; "": what MIRROR_UNET_KERNELS says, else "auto".
+
+    Raises ValueError where Triton is asked for and cannot run.
+    """
     global _choice
+    choice = choice or os.environ.get("MIRROR_UNET_KERNELS", "auto")
+    _refuse(choice)
+    _choice = choice
+
+
+def _refuse(choice: str) -> None:
     if choice not in CHOICES:
         raise ValueError(f"kernels {choice!r}: use one of {', '.join(CHOICES)}")
     if choice == "triton" and triton is None:
         raise ValueError("Triton kernels were asked for, but the package triton is not installed (it comes with PyTorch on Linux)")
     if choice == "triton" and not INTERPRETED and not torch.cuda.is_available():
-        raise ValueError("Triton kernels were asked for, but PyTorch sees no GPU; without one they run in the interpreter, TRITON_INTERPRET=1")
-    _choice = choice
+        raise ValueError("Triton kernels were asked for, but PyTorch sees no GPU; set TRITON_INTERPRET=1 to interpret them (slow)")
 
 
 def _on_triton(x: Tensor) -> bool:
     """Whether an operation on x takes the Triton path."""
     if _choice != "auto":
+        _refuse(_choice)  # what the environment asks for was not looked at yet
         if _choice == "triton" and not x.is_cuda and not INTERPRETED:
             raise ValueError(f"Triton kernels were asked for, but the tensor is on {x.device}; move it to a GPU, or use('auto')")
         return _choice == "triton"
@@ -76,6 +86,3 @@ def norm_act(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> 
 def voxel_shuffle(x, corners, size, seed, inverse=False) -> Tensor:
     """x with the voxels inside its cubes permuted; the arguments are explained in `voxel_shuffle_ref`."""
     return (voxel_shuffle_triton if _on_triton(x) else voxel_shuffle_plain)(x, corners, size, seed, inverse)
-
-
-use(os.environ.get("MIRROR_UNET_KERNELS", "auto"))

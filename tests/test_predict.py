@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import os
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 
 import data
 import phantom
+import predict
 import train
-from data import Recipe, UserError
+from data import Recipe
+from files import UserError
 from metrics import case_metrics
-from mirror_unet import MirrorUNet
+from mirror_unet import MirrorOutput, MirrorUNet
 from predict import (
     evaluate,
     foreground_probability,
@@ -26,6 +29,7 @@ from predict import (
     reconstructions,
     sliding_window,
     suv_threshold,
+    to_masks,
     to_original,
     window_starts,
 )
@@ -118,6 +122,14 @@ def test_reconstructions_by_version():
         assert list(made) == names and all(m.shape == (32, 40, 32) for m in made.values())
 
 
+def axes_of(codes: str) -> np.ndarray:
+    """(3, 3): column i points where the array's axis i does, e.g. "PIR": to the back, down, to the right."""
+    axes = np.zeros((3, 3))
+    for i, (world, sign) in enumerate(nib.orientations.axcodes2ornt(codes).astype(int)):
+        axes[world, i] = sign
+    return axes
+
+
 def ball(shape, centre, radius, affine):
     """Mask of a ball given in world coordinates (mm)."""
     ijk = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1)
@@ -129,17 +141,62 @@ def test_a_known_mask_survives_the_way_to_the_network_and_back(tmp_path, codes):
     """An oracle: the preprocessed label itself is the prediction. Oblique, anisotropic, any axis order."""
     angle = np.deg2rad(20)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    axes = np.array(nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), (40, 44, 30)))[:3, :3]
-    affine = nib.affines.from_matvec(turn @ axes @ np.diag([3.1, 2.2, 4.5]), [-50, 30, 700])
+    affine = nib.affines.from_matvec(turn @ axes_of(codes) @ np.diag([3.1, 2.2, 4.5]), [-50, 30, 700])
     centre = nib.affines.apply_affine(affine, [20, 22, 15])
     truth = ball((40, 44, 30), centre, 28, affine)
     suv = np.full(truth.shape, 0.5, np.float32) + 4 * truth
     for name, array in (("SUV", suv), ("CTres", suv * 0), ("SEG", truth.astype(np.uint8))):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
     (case,) = data.build_cache(data.find_petct(tmp_path), Recipe(spacing=(2.5, 2.5, 2.5)), tmp_path / "cache", workers=1)
-    (row,) = evaluate(case.case, case.array("label")[None].astype(np.float32), case.affine, ("seg",))
+    masks = to_masks(case.array("label")[None].astype(np.float32), case.affine, nib.load(tmp_path / "SUV.nii.gz"), 0.5)
+    (row,) = evaluate(case.case, masks, ("seg",))
     assert row["dice"] >= 0.97 and row["fpv_ml"] == 0 and row["fnv_ml"] == 0
     assert row["truth_ml"] == pytest.approx(4 / 3 * math.pi * 2.8**3, rel=0.02)
+
+
+class Oracle(torch.nn.Module):
+    """Segments by a threshold on its second channel: what the file says is tumour comes out as tumour, on the network's grid."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x):
+        evidence = 50 * (x[:, 1:2] - self.threshold)
+        return MirrorOutput(seg=torch.cat([-evidence, evidence], dim=1))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "PIR"])
+def test_a_saved_mask_lies_on_its_input_voxel_for_voxel(tmp_path, monkeypatch, codes):
+    """The whole program, files to file, with an oracle for a network: oblique, anisotropic, any axis order."""
+    shape = (44, 50, 33)
+    turn = nib.eulerangles.euler2mat(0.3, -0.15, 0.2)
+    affine = nib.affines.from_matvec(turn @ axes_of(codes) @ np.diag([2.6, 2.0, 4.2]), [-50, 30, 700])
+    truth = np.zeros(shape, bool)
+    for ijk, radius in (((15, 17, 11), 22), ((31, 36, 24), 14), ((12, 38, 22), 17)):  # nothing symmetric
+        truth |= ball(shape, nib.affines.apply_affine(affine, ijk), radius, affine)
+    suv = np.where(truth, 4.5, 0.5).astype(np.float32)
+    paths = {name: tmp_path / f"{name}.nii.gz" for name in ("SUV", "CTres", "out")}
+    for name, array in (("SUV", suv), ("CTres", suv * 0)):
+        image = nib.Nifti1Image(array, affine)
+        image.set_sform(affine, code=2)
+        image.header["descrip"] = "kept"
+        nib.save(image, paths[name])
+    config = train.parse_config(["--data", "petct", "--root", "x", "--spacing", "2", "2", "2", "--patch", "48", "48", "48", "--no-flips"])
+    monkeypatch.setattr(predict, "load_model", lambda *_: (Oracle(2.5 / 5), dataclasses.asdict(config)))
+    args = f"--checkpoint x --pet {paths['SUV']} --ct {paths['CTres']} --out {paths['out']} --threshold 0.5 --probabilities"
+    main(args.split())
+    mask, pet = nib.load(paths["out"]), nib.load(paths["SUV"])
+    assert mask.shape == shape and np.array_equal(mask.affine, pet.affine) and nib.aff2axcodes(mask.affine) == tuple(codes)
+    assert (
+        mask.header["descrip"] == pet.header["descrip"]
+        and mask.header["sform_code"] == 2
+        and mask.header.get_zooms() == pet.header.get_zooms()
+    )
+    assert case_metrics(np.asarray(mask.dataobj), truth, (1, 1, 1))["dice"] >= 0.97
+    probability = nib.load(tmp_path / "out_seg_probability.nii.gz")
+    assert np.array_equal(probability.affine, pet.affine) and probability.get_data_dtype() == np.float32
+    assert np.array_equal(probability.get_fdata() >= 0.5, np.asarray(mask.dataobj) > 0)
 
 
 def test_outside_the_network_grid_there_is_nothing():
@@ -159,7 +216,7 @@ def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path):
     for i in range(2):
         folder = tmp_path / f"P{i}"
         folder.mkdir()
-        for name, array in (("SUV", suv), ("CTres", suv * 0), ("SEG", seg)):
+        for name, array in (("SUV", suv), ("CTres", suv * 0 + i), ("SEG", seg)):
             nib.save(nib.Nifti1Image(array, np.diag([-2.0, 2.0, 3.0, 1.0])), folder / f"{name}.nii.gz")
     a, b = data.build_cache(data.find_petct(tmp_path), Recipe(), tmp_path / "cache", workers=1)
     best, (row,) = suv_threshold([a], [b])
@@ -180,7 +237,7 @@ def study(tmp_path_factory):
 def checkpoint(path, data="petct", model="v3", **options):
     """What train.py saves of an untrained network."""
     more = ["--patch", "32", "32", "32", "--channels", "2", "3", "4", "5", "6", "--spacing", *["8"] * 3, "--no-flips"]
-    c = train.parse_config(["--data", data, "--root", "x", "--model", model, *more])
+    c = train.parse_config(["--data", data, "--root", "x", "--model", model, *more, "--seed", str(options.pop("seed", 0))])
     net = train.build_model(c)
     torch.save({"config": dataclasses.asdict(c) | options, "model": net.state_dict()}, path)
     return path
@@ -198,6 +255,84 @@ def test_a_mask_lies_on_its_input_and_needs_no_ct(study, tmp_path):
     mask = np.asarray(alone.dataobj)
     assert set(np.unique(mask)) == {0, 1} and np.array_equal(mask, np.asarray(both.dataobj))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.nii.gz", "both.nii.gz", "v3.pt"]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_pet_alone_predicts_the_same_bits_as_with_the_ct_or_noise_in_its_place(study, tmp_path, version):
+    _, folder = study
+    noise = nib.load(folder / "CTres.nii.gz")
+    nib.save(
+        nib.Nifti1Image(np.random.default_rng(0).normal(0, 500, noise.shape).astype(np.float32), noise.affine), tmp_path / "noise.nii.gz"
+    )
+    weights, found = str(checkpoint(tmp_path / "w.pt", model=version)), []
+    for ct in ([], ["--ct", str(folder / "CTres.nii.gz")], ["--ct", str(tmp_path / "noise.nii.gz")]):
+        out = tmp_path / f"{len(found)}.nii"
+        main(["--checkpoint", weights, "--pet", str(folder / "SUV.nii.gz"), *ct, "--out", str(out), "--probabilities"])
+        found.append((out.read_bytes(), (tmp_path / f"{out.stem}_seg_probability.nii").read_bytes()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_ensemble_is_the_mean_of_its_members(study, tmp_path):
+    _, folder = study
+    paths = []
+    for seed in (1, 2):
+        paths.append(str(checkpoint(tmp_path / f"{seed}.pt", model="v1", seed=seed)))
+    maps = []
+    for some in ([paths[0]], [paths[1]], paths):
+        main(["--checkpoint", *some, "--pet", str(folder / "SUV.nii.gz"), "--out", str(tmp_path / "m.nii"), "--probabilities"])
+        maps.append(nib.load(tmp_path / "m_seg_probability.nii").get_fdata(dtype=np.float32))
+    assert not np.allclose(maps[0], maps[1])
+    np.testing.assert_allclose(maps[2], (maps[0] + maps[1]) / 2, atol=1e-6)
+
+
+def test_the_brain_predicts_the_same_from_one_file_of_four_channels_or_two_files(study, tmp_path):
+    root, _ = study
+    image = nib.load(root / "brain" / "imagesTr" / "BRATS_001.nii.gz")
+    for name, channel in (("t2w", 3), ("flair", 0)):
+        nib.save(image.slicer[..., channel], tmp_path / f"{name}.nii.gz")
+    weights, out = str(checkpoint(tmp_path / "b.pt", data="brain", model="v2")), tmp_path / "m.nii"
+    found = []
+    for files in (["--image", image.get_filename()], ["--t2w", str(tmp_path / "t2w.nii.gz"), "--flair", str(tmp_path / "flair.nii.gz")]):
+        main(["--checkpoint", weights, *files, "--out", str(out), "--probabilities"])
+        maps = [tmp_path / f"m_{t}_probability.nii" for t in ("core", "whole", "edema")]
+        found.append([nib.load(p).get_fdata().tobytes() for p in (out, *maps)])
+    assert found[0] == found[1] and len(set(found[0])) == 4  # the mask and three different maps
+
+
+def test_one_bad_study_does_not_cost_the_others_of_a_folder(study, tmp_path, capsys):
+    root, _ = study
+    copy = tmp_path / "in"
+    shutil.copytree(root / "petct", copy)
+    (copy / "BROKEN").mkdir()
+    (copy / "BROKEN" / "SUV.nii.gz").write_bytes((copy / "PETCT_0000" / "visit1" / "SUV.nii.gz").read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"1 of 2 studies.*BROKEN.SUV.nii.gz: not a readable"):
+        main(["--checkpoint", str(checkpoint(tmp_path / "w.pt")), "--root", str(copy), "--out", str(tmp_path / "out")])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"PETCT_0000__visit1.nii.gz", "metrics.csv", "overview.png"}
+    (row,) = csv.DictReader(open(tmp_path / "out" / "metrics.csv"))
+    assert 0 <= float(row["tumor_score"]) <= 1
+
+
+def test_a_folder_without_truth_gets_masks_volumes_and_a_picture(study, tmp_path):
+    root, folder = study
+    alone = tmp_path / "in" / "P1"
+    alone.mkdir(parents=True)
+    shutil.copy(folder / "SUV.nii.gz", alone)
+    main(["--checkpoint", str(checkpoint(tmp_path / "w.pt", model="v1")), "--root", str(alone.parent), "--out", str(tmp_path / "out")])
+    (row,) = csv.DictReader(open(tmp_path / "out" / "metrics.csv"))
+    mask = np.asarray(nib.load(tmp_path / "out" / "P1.nii.gz").dataobj)
+    assert (row["dice"], row["truth_ml"]) == ("", "") and float(row["pred_ml"]) == pytest.approx(mask.sum() * 1.0)  # voxels of 1 ml
+    assert (tmp_path / "out" / "overview.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("shape,size,overlap", [((40, 33, 24), (16, 16, 16), 0.5), ((20, 50, 13), (16, 24, 16), 0.25)])
+def test_sliding_window_equals_monais(shape, size, overlap):
+    inferers = pytest.importorskip("monai.inferers", reason="MONAI is not installed; pip install '.[bench]'")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv3d(4, 3, 3, padding=1))  # feels its border
+    image = torch.randn(2, *shape)
+    with torch.no_grad():
+        theirs = inferers.sliding_window_inference(image[None], size, 3, net, overlap=overlap, mode="gaussian")[0]
+    torch.testing.assert_close(sliding_window(image, net, size, overlap, batch=3), theirs, rtol=0, atol=1e-5)
 
 
 def test_a_folder_gets_masks_and_a_table(study, tmp_path, capsys):

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import phantom
 import train
-from data import UserError
+from files import UserError
 from train import PRESETS, Config, Run, learning_rate, load_cases, main, parse_config, prepare_folder, summarise
 
 SMALL = "--patch 32 32 32 --channels 2 3 4 5 6 --spacing 10 10 10 --batch 2 --validations 2 --overlap 0 --no-flips".split()
@@ -186,7 +186,6 @@ def test_a_run_is_reproducible_and_a_resumed_one_is_the_same_run(arguments, tmp_
     whole = losses(train.Path(args[out]))
     args[out] = str(tmp_path / "halves")
     run = make_run(args)
-    (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(run.c)))
     step = run.train_step
 
     def step_and_signal(batch):
@@ -242,14 +241,17 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(arguments, monkeypatch):
     run.save("last.pt")
     before = (run.folder / "last.pt").read_bytes()
 
-    def half(state, path):
-        path.write_bytes(b"half")
+    write = train.Path.write_bytes
+
+    def half(path, content):
+        write(path, content[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(train.Path, "write_bytes", half)
     with pytest.raises(KeyboardInterrupt):
         run.save("last.pt")
     assert (run.folder / "last.pt").read_bytes() == before
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "last.pt"}
 
 
 def test_summary_leaves_undefined_numbers_out():
