@@ -389,3 +389,20 @@ def test_a_strangers_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         load_model(tmp_path / "trap.pt")
     assert not (tmp_path / "caught").exists()
+
+
+def test_the_real_brain_case_trains_predicts_and_is_scored(real_brain, tmp_path):
+    """One real glioma, coarse and briefly: the whole way from files to a table of core, whole tumour and edema."""
+    more = "--spacing 4 4 4 --patch 48 48 48 --channels 4 6 8 10 12 --steps 3 --validations 1 --no-flips".split()
+    train.main(["--data", "brain", "--root", str(real_brain), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), *more])
+    best = str(tmp_path / "run" / "best.pt")
+    main(["--checkpoint", best, "--root", str(real_brain), "--out", str(tmp_path / "out")])
+    trained, predicted = ([*csv.DictReader(open(tmp_path / f))] for f in ("run/validation.csv", "out/metrics.csv"))
+    assert [r["target"] for r in predicted] == ["core", "whole", "edema"]
+    assert all(float(r["truth_ml"]) > 1 and 0 <= float(r["dice"]) <= 1 for r in predicted)
+    for t, p in zip(trained, predicted):  # one code scores both; the cache keeps half precision
+        assert float(t["dice"]) == pytest.approx(float(p["dice"]), abs=1e-3) and t["truth_ml"] == p["truth_ml"]
+    (case,) = data.find_brain(real_brain)
+    mask, image = nib.load(tmp_path / "out" / f"{case.name}.nii.gz"), nib.load(case.images[0])
+    assert mask.shape == image.shape[:3] and np.array_equal(mask.affine, image.affine)
+    assert (tmp_path / "out" / "overview.png").exists()
