@@ -385,6 +385,8 @@ def main(argv: list[str]) -> None:
             found = predict_study(models, case, out, a.device, a.probabilities, options)
         except CannotWrite:
             raise
+        except torch.OutOfMemoryError:
+            raise UserError("the GPU's memory is full: use a smaller --batch, or --device cpu") from None
         except UserError as e:
             if len(cases) == 1:
                 raise

@@ -328,7 +328,7 @@ class Run:
         self.optimizer = build_optimizer(c, self.net)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self.step, self.seen, self.seconds, self.best = 0, 0, 0.0, -1.0  # seen: patches; seconds: spent on steps
-        self.finished = False
+        self.finished, self.code = False, code_version()
         self.targets = targets_of(dataclasses.asdict(c))
         aug = Augmentation(c.flip, c.flip_axes, c.rotate, scale=c.scale, intensity=c.intensity, gamma=c.gamma)
         self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch * parallel.size(), c.seed, aug, c.positive, c.per_case)
@@ -337,7 +337,7 @@ class Run:
     def state(self) -> dict:
         log = self.folder / "metrics.jsonl"
         return {
-            "config": dataclasses.asdict(self.c), "code": code_version(), "step": self.step, "seen": self.seen, "seconds": self.seconds,
+            "config": dataclasses.asdict(self.c), "code": self.code, "step": self.step, "seen": self.seen, "seconds": self.seconds,
             "best": self.best, "finished": self.finished, "log_bytes": log.stat().st_size if log.exists() else 0,
             "model": self.mean_net.state_dict(), "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -364,8 +364,8 @@ class Run:
                 raise UserError(
                     f"{path}: of a run with --{name.replace('_', '-')} {was}, not {now}; leave that option out, or give another --out"
                 )
-        if (code := code_version()) != state["code"]:
-            say(f"note: {path} was written by other code ({state['code']}, this is {code}); the losses may differ from here on")
+        if self.code != state["code"]:
+            say(f"note: {path} was written by other code ({state['code']}, this is {self.code}); the losses may differ from here on")
         try:
             self.net.load_state_dict(state["net"])
             self.mean_net.load_state_dict(state["model"])
@@ -566,7 +566,7 @@ def ignore_interrupts(_: int) -> None:
 
 
 def prepare_folder(c: Config) -> None:
-    """Choose or check the run folder: one that exists is never written into unless asked. Its config.json is written first."""
+    """Choose or check the run folder: one that exists is never written into unless asked."""
     if not c.out:
         base = f"runs/{c.data}-{c.model}-fold{c.fold}"
         c.out = next(name for i in range(1, 10_000) if not Path(name := base if i == 1 else f"{base}-{i}").exists())
@@ -578,8 +578,8 @@ def prepare_folder(c: Config) -> None:
             raise UserError(f"{folder} holds a run; name another with --out, go on with --resume, or replace it with --overwrite")
         for name in ("metrics.jsonl", "last.pt", "best.pt", "curves.png", "validation.png", "validation.csv", "config.json"):
             (folder / name).unlink(missing_ok=True)
-    with whole(folder / "config.json") as part:
-        part.write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     clean_parts(folder)
 
 
@@ -596,14 +596,20 @@ def main(argv: list[str]) -> None:
     c.out = parallel.share(c.out)
     run = Run(c, train, val)
     if c.resume:
-        run.resume()
+        run.resume()  # refuses what the options given beside it cannot go on with, before anything is written
+    if parallel.rank() == 0:
+        with whole(run.folder / "config.json") as part:
+            part.write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     say(json.dumps(dataclasses.asdict(c)))
     count = sum(p.numel() for p in run.net.parameters())
     say(f"{c.model}, {count:,} parameters, {len(train)} studies to train on, {len(val)} held out, on {c.device} -> {run.folder}")
     if run.finished and run.progress() == 1:
         say(f"this run is finished, after step {run.step}; to train on, raise --steps or --minutes beside --resume")
     else:
-        run.train()
+        try:
+            run.train()
+        except torch.OutOfMemoryError:
+            raise UserError("the GPU's memory is full: use a smaller --batch or --patch, or --amp bf16; then go on with --resume") from None
     parallel.stop()
 
 

@@ -4,6 +4,7 @@ import re
 
 from conftest import ROOT
 
+import predict
 import train
 from mirror_unet import MirrorUNet
 
@@ -33,6 +34,13 @@ def test_commands_are_understood():
     for command in commands:
         if "--resume" not in command:
             train.parse_config(command.split())
+
+
+def test_prediction_commands_are_understood():
+    commands = re.findall(r"^python predict\.py (.*?)(?:\s+#.*)?$", TEXT, re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        predict.options_of(command.split())
 
 
 def test_files_and_pictures_that_are_linked_exist():
