@@ -320,7 +320,7 @@ if triton is not None:
     def _merge_sums(
         partials,  # (B, 3, spans, n_cols) = (B, 3, parts, C)
         means,  # (B, 2, C): means over an instance of dz and dz xhat
-        dparams,  # (3, C): sums over all samples, the gradients of bias, weight and slope
+        dparams,  # (SUMS, C): sums over all samples, the gradients of bias, weight and slope
         batch, n, parts, channels,
         SUMS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
@@ -440,10 +440,10 @@ def _backward_launches(dy, x, weight, bias, slope, leak, stats) -> tuple[Tensor,
     (b, c), dx = x.shape[:2], torch.empty_like(x)
     walk, (dy_strides, x_strides, dx_strides), grid = _walk(dx, dy, x, dx, tile=4096, steps=4)
     partials = stats.new_empty((b, 3, triton.cdiv(walk["n_rows"], walk["ROWS"] * walk["steps"]), walk["n_cols"]))
-    means, dparams = torch.empty_like(stats), stats.new_empty((3, c))
+    means, dparams = torch.empty_like(stats), stats.new_empty((2 if slope is None else 3, c))
     block = _block(partials[0, 0].numel() // c, c)
     merge = {"partials": partials, "means": means, "dparams": dparams, "batch": b, "n": x[0, 0].numel(), "channels": c}
-    merge |= {"parts": partials[0, 0].numel() // c, "SUMS": 2 if slope is None else 3} | block
+    merge |= {"parts": partials[0, 0].numel() // c, "SUMS": len(dparams)} | block
     both = {"dy": dy, "x": x, "stats": stats, "weight": weight, "bias": bias, "slope": slope}
     both |= {"dy_strides": dy_strides, "x_strides": x_strides, "channels": c}
     both |= {"LEAK": leak, "SLOPES": 0 if slope is None else len(slope)} | walk
@@ -518,7 +518,7 @@ def _(x, weight, bias, slope, leak, residual, eps):
 def _backward_op(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None, leak: float, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of bias, weight and (a channel) slope, (3, C); three launches."""
+    """dx, and the gradients of bias, weight and, if there is one, a channel's slope, (2 or 3, C); three launches."""
     dx, dparams, launches = _backward_launches(dy, x, weight, bias, slope, leak, stats)
     _launch(x, launches)
     return dx, dparams
@@ -526,31 +526,25 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(dy, x, weight, bias, slope, leak, stats):
-    return torch.empty_like(x), stats.new_empty((3, x.shape[1]))
+    return torch.empty_like(x), stats.new_empty((2 if slope is None else 3, x.shape[1]))
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, slope, ctx.leak, residual, _ = inputs
     ctx.save_for_backward(x, weight, bias, slope, output[1])
-    ctx.residual = residual is not None
-    ctx.residual_dtype = residual.dtype if ctx.residual else None
+    ctx.residual = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, dy, _):
     x, weight, bias, slope, stats = ctx.saved_tensors
-    dx, (dbias, dweight, dslope) = _backward_op(dy, x, weight, bias, slope, ctx.leak, stats)
+    dx, dparams = _backward_op(dy, x, weight, bias, slope, ctx.leak, stats)
+    dbias = None if bias is None else dparams[0].to(bias.dtype)
+    dweight = None if weight is None else dparams[1].to(weight.dtype)
+    dslope = None
     if slope is not None:
-        dslope = (dslope if len(slope) > 1 else dslope.sum(0, keepdim=True)).to(slope.dtype)
-    return (
-        dx,
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None if slope is None else dslope,
-        None,
-        dy.to(ctx.residual_dtype) if ctx.residual else None,
-        None,
-    )
+        dslope = (dparams[2] if len(slope) > 1 else dparams[2].sum(0, keepdim=True)).to(slope.dtype)
+    return dx, dweight, dbias, dslope, None, None if ctx.residual is None else dy.to(ctx.residual), None
 
 
 _op.register_autograd(_gradients, setup_context=_save)
