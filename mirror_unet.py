@@ -260,7 +260,7 @@ class MirrorUNet(nn.Module):
         if any(s % 16 or s == 0 for s in size):
             fit = tuple(max(16, 16 * round(s / 16)) for s in size)
             raise ValueError(f"size {size}: four strides of 2 need multiples of 16; use {fit}, for example")
-        values = prod(s // 16 for s in size) * (shape[0] if self.norm == "batch" else 1)
+        values = prod([s // 16 for s in size]) * (shape[0] if self.norm == "batch" else 1)
         if values < 2 and (self.norm == "instance" or self.training):
             raise ValueError(f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use 32 or more on a side")
 
