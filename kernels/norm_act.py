@@ -288,8 +288,8 @@ if triton is not None:
         stats,  # (B, 2, C)
         weight, bias, slope,  # (C,), (C,), (1,) or (C,)
         partials,  # (B, 3, spans, n_cols): sums of dz, dz xhat and dy min(z, 0) over a span of a column
-        dy_strides, x_strides, height, width, n_rows, n_cols, channels,
-        LEAK: tl.constexpr, SLOPES: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
+        dy_strides, x_strides, height, width, n_rows, n_cols, steps, channels,
+        LEAK: tl.constexpr, SLOPES: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
         b, t, col = _program(n_cols, COLS)
         work = stats.dtype.element_ty
@@ -298,7 +298,7 @@ if triton is not None:
         sum_dz = tl.zeros((COLS,), work)
         sum_dz_xhat = tl.zeros((COLS,), work)
         sum_g_z = tl.zeros((COLS,), work)
-        for start in range(t * STEPS * ROWS, (t + 1) * STEPS * ROWS, ROWS):
+        for start in range(t * steps * ROWS, (t + 1) * steps * ROWS, ROWS):
             row = start + tl.arange(0, ROWS)
             there = (col < n_cols)[:, None] & (row < n_rows)[None, :]
             g = tl.load(dy + _offsets(b, row, col, dy_strides, height, width, FLAT), mask=there, other=0).to(work)
@@ -309,7 +309,7 @@ if triton is not None:
             sum_dz += tl.sum(dz, 1)
             sum_dz_xhat += tl.sum(dz * xhat, 1)
             sum_g_z += tl.sum(tl.where(z > 0, 0, g * z), 1)
-        spans = tl.cdiv(n_rows, STEPS * ROWS)
+        spans = tl.cdiv(n_rows, steps * ROWS)
         out = partials + (b * 3 * spans + t) * n_cols + col
         tl.store(out, sum_dz, mask=col < n_cols)
         tl.store(out + spans * n_cols, sum_dz_xhat, mask=col < n_cols)
@@ -320,7 +320,7 @@ if triton is not None:
     def _merge_sums(
         partials,  # (B, 3, spans, n_cols) = (B, 3, parts, C)
         means,  # (B, 2, C): means over an instance of dz and dz xhat
-        dparams,  # (3, C): sums over all samples, the gradients of bias, weight and slope
+        dparams,  # (SUMS, C): sums over all samples, the gradients of bias, weight and slope
         batch, n, parts, channels,
         SUMS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
@@ -344,8 +344,8 @@ if triton is not None:
         dy, x, dx,  # (B, C, D, H, W), as n_rows x n_cols a sample
         stats, means,  # (B, 2, C)
         weight, bias, slope,  # (C,), (C,), (1,) or (C,)
-        dy_strides, x_strides, dx_strides, height, width, n_rows, n_cols, channels,
-        LEAK: tl.constexpr, SLOPES: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
+        dy_strides, x_strides, dx_strides, height, width, n_rows, n_cols, steps, channels,
+        LEAK: tl.constexpr, SLOPES: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
         b, t, col = _program(n_cols, COLS)
         work = stats.dtype.element_ty
@@ -354,7 +354,7 @@ if triton is not None:
         c = means + b * 2 * channels + col % channels
         mean_dz = tl.load(c, mask=col < n_cols, other=0)[:, None]
         mean_dz_xhat = tl.load(c + channels, mask=col < n_cols, other=0)[:, None]
-        for start in range(t * STEPS * ROWS, (t + 1) * STEPS * ROWS, ROWS):
+        for start in range(t * steps * ROWS, (t + 1) * steps * ROWS, ROWS):
             row = start + tl.arange(0, ROWS)
             there = (col < n_cols)[:, None] & (row < n_rows)[None, :]
             g = tl.load(dy + _offsets(b, row, col, dy_strides, height, width, FLAT), mask=there, other=0).to(work)
@@ -378,7 +378,7 @@ def _row_stride(t: Tensor) -> int | None:
     return step or 0
 
 
-def _walk(like: Tensor, *tensors: Tensor | None, steps: int = 1, tile: int = 8192) -> tuple[dict, list, tuple]:
+def _walk(like: Tensor, *tensors: Tensor | None, tile: int, steps: int) -> tuple[dict, list, tuple]:
     """How one launch walks its tensors, all (B, C, D, H, W): as n_rows x n_cols a sample, in tiles ROWS x COLS.
 
     A row is a voxel and a column a channel; where all are dense channels_last_3d, K voxels make a row. The tile is as wide as
@@ -404,19 +404,19 @@ def _walk(like: Tensor, *tensors: Tensor | None, steps: int = 1, tile: int = 819
     walk = {"height": height, "width": width, "n_rows": n_rows, "n_cols": n_cols, "FLAT": flat, "ROWS": rows, "COLS": cols}
     walk["num_warps"] = min(max(rows * cols // 512, 1), 16)
     if steps > 1:
-        walk["STEPS"] = steps = min(steps, triton.cdiv(n_rows, rows)) if last else 1
+        walk["steps"] = steps = min(steps, triton.cdiv(n_rows, rows)) if last else 1
     return walk, strides, (triton.cdiv(n_rows, rows * steps) * triton.cdiv(n_cols, cols), b)
 
 
 def _block(parts: int, channels: int) -> dict:
     """The block of partials that a merging program takes at a time."""
-    return {"PARTS": min(triton.next_power_of_2(parts), 256), "COLS": min(triton.next_power_of_2(channels), 16), "num_warps": 4}
+    return {"PARTS": min(triton.next_power_of_2(parts), 128), "COLS": min(triton.next_power_of_2(channels), 16), "num_warps": 4}
 
 
 def _forward_launches(x, weight, bias, slope, leak, residual, eps) -> tuple[Tensor, Tensor, list]:
     """y and stats, to be filled, and the launches (kernel, grid, arguments) that fill them."""
     (b, c), y, work = x.shape[:2], torch.empty_like(x), torch.promote_types(x.dtype, torch.float32)
-    walk, (x_strides, y_strides, residual_strides), grid = _walk(y, x, y, residual)
+    walk, (x_strides, y_strides, residual_strides), grid = _walk(y, x, y, residual, tile=8192, steps=1)
     n_rows, n_cols, rows = walk["n_rows"], walk["n_cols"], walk["ROWS"]
     partials = x.new_empty((b, 2, triton.cdiv(n_rows, rows), n_cols), dtype=work)
     stats = x.new_empty((b, 2, c), dtype=work)
@@ -438,12 +438,12 @@ def _forward_launches(x, weight, bias, slope, leak, residual, eps) -> tuple[Tens
 def _backward_launches(dy, x, weight, bias, slope, leak, stats) -> tuple[Tensor, Tensor, list]:
     """dx and the parameters' gradients, to be filled, and the launches that fill them."""
     (b, c), dx = x.shape[:2], torch.empty_like(x)
-    walk, (dy_strides, x_strides, dx_strides), grid = _walk(dx, dy, x, dx, steps=2)
-    partials = stats.new_empty((b, 3, triton.cdiv(walk["n_rows"], walk["ROWS"] * walk["STEPS"]), walk["n_cols"]))
-    means, dparams = torch.empty_like(stats), stats.new_empty((3, c))
+    walk, (dy_strides, x_strides, dx_strides), grid = _walk(dx, dy, x, dx, tile=4096, steps=4)
+    partials = stats.new_empty((b, 3, triton.cdiv(walk["n_rows"], walk["ROWS"] * walk["steps"]), walk["n_cols"]))
+    means, dparams = torch.empty_like(stats), stats.new_empty((2 if slope is None else 3, c))
     block = _block(partials[0, 0].numel() // c, c)
     merge = {"partials": partials, "means": means, "dparams": dparams, "batch": b, "n": x[0, 0].numel(), "channels": c}
-    merge |= {"parts": partials[0, 0].numel() // c, "SUMS": 2 if slope is None else 3} | block
+    merge |= {"parts": partials[0, 0].numel() // c, "SUMS": len(dparams)} | block
     both = {"dy": dy, "x": x, "stats": stats, "weight": weight, "bias": bias, "slope": slope}
     both |= {"dy_strides": dy_strides, "x_strides": x_strides, "channels": c}
     both |= {"LEAK": leak, "SLOPES": 0 if slope is None else len(slope)} | walk
@@ -518,7 +518,7 @@ def _(x, weight, bias, slope, leak, residual, eps):
 def _backward_op(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None, leak: float, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of bias, weight and (a channel) slope, (3, C); three launches."""
+    """dx, and the gradients of bias, weight and, if there is one, a channel's slope, (2 or 3, C); three launches."""
     dx, dparams, launches = _backward_launches(dy, x, weight, bias, slope, leak, stats)
     _launch(x, launches)
     return dx, dparams
@@ -526,31 +526,25 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(dy, x, weight, bias, slope, leak, stats):
-    return torch.empty_like(x), stats.new_empty((3, x.shape[1]))
+    return torch.empty_like(x), stats.new_empty((2 if slope is None else 3, x.shape[1]))
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, slope, ctx.leak, residual, _ = inputs
     ctx.save_for_backward(x, weight, bias, slope, output[1])
-    ctx.residual = residual is not None
-    ctx.residual_dtype = residual.dtype if ctx.residual else None
+    ctx.residual = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, dy, _):
     x, weight, bias, slope, stats = ctx.saved_tensors
-    dx, (dbias, dweight, dslope) = _backward_op(dy, x, weight, bias, slope, ctx.leak, stats)
+    dx, dparams = _backward_op(dy, x, weight, bias, slope, ctx.leak, stats)
+    dbias = None if bias is None else dparams[0].to(bias.dtype)
+    dweight = None if weight is None else dparams[1].to(weight.dtype)
+    dslope = None
     if slope is not None:
-        dslope = (dslope if len(slope) > 1 else dslope.sum(0, keepdim=True)).to(slope.dtype)
-    return (
-        dx,
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None if slope is None else dslope,
-        None,
-        dy.to(ctx.residual_dtype) if ctx.residual else None,
-        None,
-    )
+        dslope = (dparams[2] if len(slope) > 1 else dparams[2].sum(0, keepdim=True)).to(slope.dtype)
+    return dx, dweight, dbias, dslope, None, None if ctx.residual is None else dy.to(ctx.residual), None
 
 
 _op.register_autograd(_gradients, setup_context=_save)
