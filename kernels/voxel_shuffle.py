@@ -54,7 +54,7 @@ _BYTES = 2**18 if os.environ.get("TRITON_INTERPRET") == "1" else 4096
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _mix(h: Tensor) -> Tensor:
+def _mix(h: Tensor | int) -> Tensor | int:
     """MurmurHash3's finalizer: a bijection of 32-bit words in which each input bit reaches every output bit."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK
@@ -80,11 +80,15 @@ def _cubes(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
         raise ValueError(f"corners: expected ({len(x)}, N, 3), got {tuple(corners.shape)}")
     if seeds.shape != (len(x),):
         raise ValueError(f"seed: expected an integer or {len(x)} of them, one a sample, got shape {tuple(seeds.shape)}")
-    if size < 1 or (corners < 0).any() or (corners > torch.tensor(x.shape[2:]) - size).any():
+    if size < 1 or not all(0 <= a <= n - size for cs in corners.tolist() for c in cs for a, n in zip(c, x.shape[2:])):
         raise ValueError(f"cubes of side {size} at {corners.tolist()} do not lie inside the volume {tuple(x.shape[2:])}")
-    sample = _mix(seeds & _MASK) + _mix(((seeds >> 32) & _MASK) ^ 0x5BD1E995)  # (B,)
-    keys = _mix((sample[:, None] + 0x632BE5AB * torch.arange(1, corners.shape[1] + 1)) & _MASK)  # (B, N)
-    return torch.cat([corners, keys[..., None]], dim=2)
+    table = [[(*corner, _key(s, n)) for n, corner in enumerate(cs)] for s, cs in zip(seeds.tolist(), corners.tolist())]
+    return torch.tensor(table, dtype=torch.int64).view(len(x), -1, 4)
+
+
+def _key(seed: int, cube: int) -> int:
+    """The 32-bit key of one cube of one sample, from the sample's seed."""
+    return _mix((_mix(seed & _MASK) + _mix(((seed >> 32) & _MASK) ^ 0x5BD1E995) + 0x632BE5AB * (cube + 1)) & _MASK)
 
 
 def _seeds(x: Tensor, seed: int | list[int] | Tensor) -> Tensor:
