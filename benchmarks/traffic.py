@@ -8,8 +8,8 @@ Two counters, used together; nothing is counted by both.
   and each it returns as written once: the kindest count, as some kernels read twice. An axis expanded by stride 0 counts once. An
   op in place counts a read and a write, unless it only overwrites (`copy_`, `fill_`, ...), and so does scatter for the tensor scattered
   into; indexing counts all of the tensor indexed. Views and allocations (view, detach, empty, ...) count nothing. An op that touches
-  data is one launch, though some of them (a reduction over all voxels, `index_put`) launch more. Inside our custom ops, the PyTorch ops they run are
-  counted one by one, their Triton launches by `count_triton`.
+  data is one launch, though some (a reduction over all voxels, `index_put`) launch more; ops on a few numbers on the host count too.
+  Inside our custom ops, the PyTorch ops they run are counted one by one, their Triton launches by `count_triton`.
 
 The peers' 228 bytes a voxel in float32 (C=2) are those with int64 labels; from uint8 both convert twice, 9 bytes each time.
 
@@ -109,7 +109,18 @@ def touched(t: torch.Tensor) -> int:
 class CountEager(TorchDispatchMode):
     """`with CountEager() as counter: ...` fills counter.traffic, {op: Traffic}."""
 
-    NO_DATA = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view", "set_"}
+    NO_DATA = {
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "detach",
+        "detach_",
+        "lift_fresh",
+        "_unsafe_view",
+        "set_",
+    }
     OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_"}
 
     def __init__(self):
