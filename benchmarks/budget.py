@@ -1,6 +1,6 @@
 """A kernel budget: every kernel compiled ahead of time for four GPUs, without a GPU, and what each launch of it takes.
 
-    python benchmarks/budget.py [--targets sm_90 ...] [--only dice_ce] [--csv results/budget.csv]
+    python benchmarks/budget.py [--targets sm_90 ...] [--match REGEX] [--csv results/budget.csv]
 
 Columns: registers a thread, bytes spilled, shared memory a program, widths in bits of global loads and stores, widest..narrowest.
 Exits with 1 where a kernel spills, or where its widest load or store is narrower than the layout allows: 128 bits, or what its
@@ -56,27 +56,31 @@ def extremes(widths: list[int]) -> tuple[int, int]:
 
 
 def nvidia(asm: dict) -> tuple[int, int, list[int], list[int]]:
-    """(registers, bytes spilled, widths of loads, of stores) of a cubin and its PTX."""
+    """(registers, bytes spilled, widths of loads, of stores): what ptxas says of the PTX, and the PTX itself."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    # A spilled register goes to the stack (or to local memory in older formats); our kernels have no other use for either.
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    arch = re.search(r"^\.target (\w+)", asm["ptx"], re.M).group(1)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch.startswith("sm_10") else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(asm["ptx"])
+        ptx.flush()
+        command = [tool, "-v", f"-arch={arch}", ptx.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, stored, loaded = (
+        int(re.search(pattern, said).group(1)) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st", r"(\d+) bytes spill lo")
+    )
     widths = [
         [int(n or 1) * int(bits) for n, bits in re.findall(rf"\b{access}\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", asm["ptx"])]
         for access in ("ld", "st")
     ]
-    return registers, stack + local, *widths
+    return registers, stored + loaded, *widths
 
 
 AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
 
 
 def amd(asm: dict) -> tuple[int, int, list[int], list[int]]:
+    """The same of AMD's assembly. Spilled scalar registers count too, though they go to lanes of vector registers, not to memory."""
     text = asm["amdgcn"]
     count = {name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1)) for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
     spilled = 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"])
@@ -87,8 +91,9 @@ def amd(asm: dict) -> tuple[int, int, list[int], list[int]]:
     return count["vgpr_count"], spilled, *widths
 
 
-def table(targets=tuple(TARGETS), files=FILES) -> list[dict]:
-    jobs = [(f, i, t) for f in files for i in range(len(import_module(f"kernels.{f}").compile_specs())) for t in targets]
+def table(targets=tuple(TARGETS), match: str = "") -> list[dict]:
+    specs = [(f, i, spec["name"]) for f in FILES for i, spec in enumerate(import_module(f"kernels.{f}").compile_specs())]
+    jobs = [(f, i, t) for f, i, name in specs if re.search(match, name) for t in targets]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return list(pool.map(budget, *zip(*jobs), chunksize=4))
 
@@ -103,10 +108,10 @@ def launches() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), help="kernel files")
+    parser.add_argument("--match", default="", help="only kernels whose name this regular expression is found in")
     parser.add_argument("--csv", help="write the table here, too")
     args = parser.parse_args()
-    rows = table(args.targets, args.only)
+    rows = table(args.targets, args.match)
     print(f"{'kernel':48} {'target':7} {'regs':>5} {'spill':>6} {'shared':>7} {'loads':>10} {'stores':>10}")
     for r in rows:
         loads, stores = (f"{r[a + '_widest']}..{r[a + '_narrowest']}" for a in ("load", "store"))
