@@ -43,8 +43,8 @@ Layout. A tile is BLOCK voxels x C classes, whichever of the two axes is contigu
 
 Both are read 128 bits at a time. Other strides (slices, expanded tensors) are walked as they are, without a copy and without that width.
 
-Stage one adds up tiles: program i of a sample writes its 4 C partial sums. Stage two, one program, adds them in a fixed order in float64 and
-derives loss, Dice and coefficients. No atomics, so that equal inputs give equal bits. With three launches the loss and its gradient are done.
+Stage one adds up tiles: program i of a sample writes its 4 C partial sums. Stage two, one program, adds them in a fixed order in
+float64 and derives loss, Dice and coefficients. No atomics, so that equal inputs give equal bits. Three launches in all.
 """
 
 from itertools import pairwise, product
@@ -144,7 +144,7 @@ def _checked(logits: Tensor, target: Tensor, class_weight: Tensor | None, sync: 
 
 # ------------------------------------------------------------------------------------------- the same by hand, in plain PyTorch
 
-CHUNK = 1 << 15  # logits a CPU thread works on at a time: with its temporaries they stay in the cache
+CHUNK = 1 << 20  # logits a CPU works on at a time: few enough for its cache, many enough for its threads
 
 
 def dice_ce_plain(
@@ -156,56 +156,71 @@ def dice_ce_plain(
     return _call(False, logits, target, class_weight, *options)
 
 
-def _chunks(logits: Tensor, target: Tensor, ignore_index: int | None):
-    """Walks a volume by slabs of its first spatial axis: yields where, logits (C, d, H, W), labels (d, H, W) and which are kept (or None).
+def _slabs(logits: Tensor, target: Tensor, ignore_index: int | None):
+    """Walks a batch in slabs along the first spatial axis, without a copy whatever the strides.
 
-    Ignored labels are replaced by 0.
+    Yields where, logits (C, d, H, W), labels (d, H, W) with 0 for ignored ones, which are kept (d, H, W) as 0 and 1 (None: all of them),
+    and room for 4 numbers a voxel, the same memory each time: fresh memory costs as much as the arithmetic.
     """
-    b, c, depth = logits.shape[:3]
-    step = depth
-    if logits.device.type == "cpu":  # elsewhere the whole volume at once: a launch costs more than a cache miss
-        step = max(1, CHUNK * torch.get_num_threads() * depth // max(1, logits[0].numel()))
-    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for sample in range(b):
+    samples, _, depth = logits.shape[:3]
+    step, layer = max(1, depth), logits[0, 0, 0].numel() if samples and depth else 0
+    if logits.device.type == "cpu":  # elsewhere a sample at once: a launch costs more than a cache miss
+        step = min(step, max(1, CHUNK // max(1, layer * logits.shape[1])))
+    work = _accumulator(logits.dtype)
+    room = logits.new_empty((4, step * layer), dtype=work)
+    target = target.view(torch.uint8) if target.dtype == torch.bool else target
+    limits = torch.iinfo(target.dtype)
+    ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max  # -1 is no uint8
+    for sample in range(samples):
         for start in range(0, depth, step):
-            x = logits[sample, :, start : start + step].to(work)
-            y = target[sample, start : start + step]
-            y = y.view(torch.uint8) if y.dtype == torch.bool else y
-            kept = None
-            if ignore_index is not None:
-                kept = y.long() != ignore_index  # in int64: -1 is no uint8 label
-                y = torch.where(kept, y, 0)
-            yield (sample, slice(start, start + step)), x, y, kept
+            y, kept = target[sample, start : start + step], None
+            if ignores:
+                kept = y != ignore_index
+                y, kept = y * kept, kept.to(work)
+            slab = slice(start, start + step)
+            yield (sample, slab), logits[sample, :, slab].to(work), y, kept, room[:, : y.numel()]
 
 
-def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weighted: bool) -> Tensor:
     """I, P, T and N of every class and sample: (4, C, B) float64."""
     b, c = logits.shape[:2]
+    one = logits.new_ones((), dtype=_accumulator(logits.dtype))
     sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
-    for (sample, _), x, y, kept in _chunks(logits, target, ignore_index):
+    for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
         low, high = (int(v) for v in y.aminmax())
         if low < 0 or high >= c:
             raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
         if c == 2:
-            t = y.to(x.dtype)
-            z = (x[1] - x[0]).mul_(1 - 2 * t)
-            q, nll = z.sigmoid(), F.softplus(z, threshold=40)  # beyond 40 it is z to the last bit of a float64
-            count = torch.tensor(t.numel())
+            t, q, nll, z = room.view(-1, *y.shape).unbind()
+            t.copy_(y)
+            torch.sub(x[1], x[0], out=z)
+            z.mul_(torch.add(one, t, alpha=-2, out=q))
+            torch.sigmoid(z, out=q)
+            # log(1 + e^z) = max(z, 0) - log max(q, 1 - q): exact where q is next to 0 or 1, too.
+            torch.maximum(q, torch.sub(one, q, out=nll), out=nll).log_()
+            torch.sub(z.clamp_min_(0), nll, out=nll)
             if kept is not None:
-                q, nll, count = q.mul_(kept), nll.mul_(kept), kept.sum()
-            # Every sum for label 1, and for both together.
-            wrong1, n1, t1, wrong, n, both = (s.double() for s in ((q * t).sum(), (nll * t).sum(), t.sum(), q.sum(), nll.sum(), count))
-            wrong0, n0, t0 = wrong - wrong1, n - n1, both - t1
+                room[1:3] *= kept.flatten()
+            torch.mul(t, q, out=z)
+            t1, wrong, nll_sum, wrong1 = _sum(room, y)
+            # Without class weights it does not matter for which class a voxel's cross entropy is counted.
+            nll1 = _sum(t * nll, y)[0] if weighted else 0 * t1
+            t0, wrong0 = (y.numel() if kept is None else kept.sum()) - t1, wrong - wrong1
             right0, right1 = t0 - wrong0, t1 - wrong1
-            part = torch.stack([right0, right1, right0 + wrong1, right1 + wrong0, t0, t1, n0, n1]).view(4, 2)
+            part = torch.stack([right0, right1, right0 + wrong1, right1 + wrong0, t0, t1, nll_sum - nll1, nll1]).view(4, 2)
         else:
             t = _one_hot(x, y, kept)
             log_p = F.log_softmax(x, 0)
             nll = log_p.gather(0, y.long()[None]).neg_()
             p = log_p.exp_() if kept is None else log_p.exp_().mul_(kept)
-            part = torch.stack([s.flatten(1).sum(1) for s in (p * t, p, t, nll * t)])
+            part = torch.stack([_sum(q, y) for q in (p * t, p, t, nll * t)])
         sums[:, :, sample] += part
     return sums
+
+
+def _sum(rows: Tensor, y: Tensor) -> Tensor:
+    """Sum of each row over the voxels of a slab: layer by layer, and those in float64."""
+    return rows.reshape(-1, len(y), y[0].numel()).sum(2).double().sum(1)
 
 
 def _one_hot(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
@@ -233,33 +248,41 @@ def _finish_plain(
 
 
 def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_index: int | None) -> Tensor:
+    """d loss / d logits, in the logits' layout, from coefficients that hold the upstream gradient as a factor."""
     grad = torch.empty_like(logits)
-    for (sample, slab), x, y, kept in _chunks(logits, target, ignore_index):
-        group = 0 if len(coefficients) == 3 else 2 * sample
-        a, b, v = coefficients[group], coefficients[group + 1], coefficients[-1]
+    *ab, v = coefficients
+    if len(v) == 2:
+        # In the probability p of class 1 and the label t: d loss / d l_1 = p (1 - p) u_t + v_t (p - t).
+        u0 = [a[1] - a[0] - b[0] for a, b in zip(ab[::2], ab[1::2])]
+        u_step = [(b[0] + b[1]).item() for b in ab[1::2]]  # u_1 - u_0
+        v0, v_step = v[0], (v[1] - v[0]).item()
+    for (sample, slab), x, y, kept, room in _slabs(logits, target, ignore_index):
+        group = sample if len(ab) > 2 else 0
         out = grad[sample, :, slab]
         if len(v) == 2:
-            # In the probability p of class 1, with label y: p (1 - p) u_y + v_y (p - y).
-            t, p = y.to(x.dtype), (x[1] - x[0]).sigmoid_()
-            u0, u1 = a[1] - a[0] - b[0], a[1] - a[0] + b[1]
-            g = (t * (v[1] - v[0])).add_(v[0]).mul_(p - t)
-            g.addcmul_(torch.addcmul(p, p, p, value=-1), t.mul_(u1 - u0).add_(u0))
+            t, p, g, by_label = room.view(-1, *y.shape).unbind()
+            t.copy_(y)
+            torch.sub(x[1], x[0], out=p).sigmoid_()
+            torch.sub(p, t, out=g)
+            torch.mul(g, torch.add(v0, t, alpha=v_step, out=by_label) if v_step else v0, out=g)
+            torch.add(u0[group], t, alpha=u_step[group], out=by_label)
+            g.addcmul_(p.addcmul_(p, p, value=-1), by_label)
             if kept is not None:
                 g.mul_(kept)
             out[1] = g
-            torch.neg(g, out=out[0]) if out.dtype == g.dtype else out[0].copy_(g.neg_())
+            torch.mul(g, -1, out=out[0])
         else:
             t, p = _one_hot(x, y, kept), x.softmax(0)
-            a, b, v = (k.view(-1, *[1] * y.dim()) for k in (a, b, v))
-            g = a + b * t
-            g = (g - (p * g).sum(0)).mul_(p).add_((v * t).sum(0) * (p - t))
+            a, b, v_ = (k.view(-1, *[1] * y.dim()) for k in (ab[2 * group], ab[2 * group + 1], v))
+            g = t * b + a
+            g = (g - (p * g).sum(0)).mul_(p).add_((v_ * t).sum(0) * (p - t))
             out.copy_(g if kept is None else g.mul_(kept))
     return grad
 
 
 # --------------------------------------------------------------------------------------------------------------- Triton kernels
 
-TILE = 4096  # logits a program reads at a time: 32 a thread
+TILE = 2048  # numbers of a kind that a program works on at a time, 16 a thread: z of two classes, p of more
 PROGRAMS = 2048  # of stage one at most (or one a sample); each loops over its tiles
 WARPS = 4
 
@@ -314,14 +337,14 @@ if triton is not None:
         logits, at, first, left, stride_c,
         C: tl.constexpr, CP: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """All logits of BLOCK voxels: (BLOCK, CP). Classes that only fill the tile up to a power of two are -inf, so that p = 0."""
-        c = tl.arange(0, CP)[None, :]
+        """All logits of BLOCK voxels: (CP, BLOCK). Classes that only fill the tile up to a power of two are -inf, so that p = 0."""
+        c = tl.arange(0, CP)[:, None]
         if SIDE_BY_SIDE:
             i = tl.arange(0, C * BLOCK)
-            x = tl.reshape(tl.load(logits + C * first + i, mask=i < C * left, other=0.0), (BLOCK, C))
+            x = tl.trans(tl.reshape(tl.load(logits + C * first + i, mask=i < C * left, other=0.0), (BLOCK, C)))
         else:
-            inside = (tl.arange(0, BLOCK) < left)[:, None] & (c < C)
-            x = tl.load(logits + at[:, None] + c.to(tl.int64) * stride_c, mask=inside, other=0.0)
+            inside = (c < C) & (tl.arange(0, BLOCK) < left)[None, :]
+            x = tl.load(logits + c.to(tl.int64) * stride_c + at[None, :], mask=inside, other=0.0)
         return tl.where(c < C, x.to(ACC), float("-inf"))
 
     @triton.jit
@@ -355,34 +378,36 @@ if triton is not None:
             left = n - first
             at = _places(first, height, width, target_d, target_h, target_w, FLAT, INDEX, BLOCK)
             y, kept = _labels(target, at, tl.arange(0, BLOCK) < left, ignore_index)
-            # A label outside [0, C) must not go unnoticed: it counts NaN voxels.
-            number = tl.where((y >= 0) & (y < C), 1.0, float("nan"))
             at = _places(first, height, width, logits_d, logits_h, logits_w, FLAT, INDEX, BLOCK)
+            # Masks as numbers, which the sums below multiply by: one register a voxel, where a GPU has few for bits. A label outside
+            # [0, C) must not go unnoticed: such a voxel counts NaN.
             if C == 2:
                 l0, l1 = _load_two(logits, at, first, left, logits_c, SIDE_BY_SIDE, ACC, BLOCK)
                 z, wrong, right, e = _wrong(l0, l1, y)
                 loss = tl.maximum(z, 0.0) + tl.log(1.0 + e)  # log(1 + e^z)
-                is0, is1 = kept & (y != 1), kept & (y == 1)
-                right0, right1 = tl.sum(tl.where(is0, right, 0.0), 0), tl.sum(tl.where(is1, right, 0.0), 0)
-                wrong0, wrong1 = tl.sum(tl.where(is0, wrong, 0.0), 0), tl.sum(tl.where(is1, wrong, 0.0), 0)
+                t1 = tl.where(kept & (y == 1), 1.0, 0.0)
+                t0 = tl.where(kept & (y != 1), tl.where(y == 0, 1.0, float("nan")), 0.0)
+                right0, right1 = tl.sum(t0 * right, 0), tl.sum(t1 * right, 0)
+                wrong0, wrong1 = tl.sum(t0 * wrong, 0), tl.sum(t1 * wrong, 0)
                 inter += tl.where(c == 0, right0, right1)
                 pred += tl.where(c == 0, right0 + wrong1, right1 + wrong0)
-                true += tl.where(c == 0, tl.sum(tl.where(is0, number, 0.0), 0), tl.sum(tl.where(is1, 1.0, 0.0), 0))
-                nll += tl.where(c == 0, tl.sum(tl.where(is0, loss, 0.0), 0), tl.sum(tl.where(is1, loss, 0.0), 0))
+                true += tl.where(c == 0, tl.sum(t0, 0), tl.sum(t1, 0))
+                nll += tl.where(c == 0, tl.sum(t0 * loss, 0), tl.sum(t1 * loss, 0))
             else:
                 x = _load(logits, at, first, left, logits_c, C, CP, SIDE_BY_SIDE, ACC, BLOCK)
-                x -= tl.max(x, 1)[:, None]
+                x -= tl.max(x, 0)[None, :]
                 p = tl.exp(x)
-                total = tl.sum(p, 1)[:, None]
-                p /= total
-                t = kept[:, None] & (y[:, None] == c[None, :])
-                inter += tl.sum(tl.where(t, p, 0.0), 0)
-                pred += tl.sum(tl.where(kept[:, None], p, 0.0), 0)
-                true += tl.sum(tl.where(t, 1.0, 0.0), 0) + tl.sum(tl.where(kept, number - 1.0, 0.0), 0)
-                nll += tl.sum(tl.where(t, tl.log(total) - x, 0.0), 0)
+                total = tl.sum(p, 0)[None, :]
+                count = tl.where(kept, tl.where((y >= 0) & (y < C), 1.0, float("nan")), 0.0)[None, :]
+                p *= count / total
+                t = tl.where(y[None, :] == c[:, None], count, 0.0)
+                inter += tl.sum(p * t, 1)
+                pred += tl.sum(p, 1)
+                true += tl.sum(t, 1)
+                nll += tl.sum(tl.where(t == 1.0, tl.log(total) - x, 0.0), 1)
         # partials[quantity, c, sample, program]
-        at = partials + (c.to(tl.int64) * samples + sample) * programs + program
-        step = samples.to(tl.int64) * C * programs
+        at = partials + (c * samples + sample) * programs + program
+        step = C * samples * programs
         tl.store(at, inter, mask=c < C)
         tl.store(at + step, pred, mask=c < C)
         tl.store(at + 2 * step, true, mask=c < C)
@@ -393,11 +418,11 @@ if triton is not None:
         """The sum over a group's partials of one quantity for every class: (CP,) float64."""
         c = tl.arange(0, CP)[:, None]
         row = partials + ((quantity * C + c).to(tl.int64) * groups + group) * length
-        total = tl.zeros((CP,), tl.float64)
+        tile = tl.zeros((CP, STEP), tl.float64)
         for start in range(0, length, STEP):
             i = start + tl.arange(0, STEP)[None, :]
-            total += tl.sum(tl.load(row + i, mask=(i < length) & (c < C), other=0.0).to(tl.float64), 1)
-        return total
+            tile += tl.load(row + i, mask=(i < length) & (c < C), other=0.0).to(tl.float64)
+        return tl.sum(tile, 1)
 
     @triton.jit
     def _finish_kernel(
@@ -442,7 +467,7 @@ if triton is not None:
         target,  # (B, D, H, W)
         coefficients,  # (2 G + 1, C), contiguous
         grad,  # (B, C, D, H, W)
-        ignore_index, groups, n, height, width, programs,
+        ignore_index, group_step, last, n, height, width, programs,
         logits_b, logits_c, logits_d, logits_h, logits_w,
         target_b, target_d, target_h, target_w,
         grad_b, grad_c, grad_d, grad_h, grad_w,
@@ -462,37 +487,39 @@ if triton is not None:
         at = _places(first, height, width, logits_d, logits_h, logits_w, FLAT, INDEX, BLOCK)
         out = _places(first, height, width, grad_d, grad_h, grad_w, FLAT, INDEX, BLOCK)
         up = tl.load(upstream).to(ACC)
-        a = coefficients + (2 * C * sample if groups > 1 else 0)
-        b, v = a + C, coefficients + 2 * C * groups
+        a = coefficients + sample * group_step  # no step where all samples make one group
+        b, v = a + C, coefficients + last
         if C == 2:
             l0, l1 = _load_two(logits, at, first, left, logits_c, SIDE_BY_SIDE, ACC, BLOCK)
             z, wrong, right, e = _wrong(l0, l1, y)
             a0, a1 = tl.load(a), tl.load(a + 1)
             m = up * tl.where(y == 1, a0 - a1 - tl.load(b + 1), a1 - a0 - tl.load(b))
             g = tl.where(kept, wrong * (up * tl.where(y == 1, tl.load(v + 1), tl.load(v)) + right * m), 0.0)
-            g = tl.where(y == 1, -g, g).to(grad.dtype.element_ty)  # d loss / d l1
+            g = tl.where(y == 1, -g, g)  # d loss / d l1
+            g0, g1 = (-g).to(grad.dtype.element_ty), g.to(grad.dtype.element_ty)
             if SIDE_BY_SIDE:
                 i = tl.arange(0, 2 * BLOCK)
-                tl.store(grad + 2 * first + i, tl.reshape(tl.join(-g, g), (2 * BLOCK,)), mask=i < 2 * left)
+                tl.store(grad + 2 * first + i, tl.reshape(tl.join(g0, g1), (2 * BLOCK,)), mask=i < 2 * left)
             else:
-                tl.store(grad + out, -g, mask=inside)
-                tl.store(grad + grad_c + out, g, mask=inside)
+                tl.store(grad + out, g0, mask=inside)
+                tl.store(grad + grad_c + out, g1, mask=inside)
         else:
             c = tl.arange(0, CP)
             real = c < C
+            a, b, v = tl.load(a + c, mask=real, other=0.0), tl.load(b + c, mask=real, other=0.0), tl.load(v + c, mask=real, other=0.0)
             x = _load(logits, at, first, left, logits_c, C, CP, SIDE_BY_SIDE, ACC, BLOCK)
-            p = tl.exp(x - tl.max(x, 1)[:, None])
-            p /= tl.sum(p, 1)[:, None]
-            t = y[:, None] == c[None, :]
-            ab = tl.load(a + c, mask=real, other=0.0)[None, :] + tl.where(t, tl.load(b + c, mask=real, other=0.0)[None, :], 0.0)
-            vy = tl.sum(tl.where(t, tl.load(v + c, mask=real, other=0.0)[None, :], 0.0), 1)[:, None]
-            g = p * (ab - tl.sum(p * ab, 1)[:, None]) + vy * (p - tl.where(t, 1.0, 0.0))
-            g = tl.where(kept[:, None], up * g, 0.0).to(grad.dtype.element_ty)
+            p = tl.exp(x - tl.max(x, 0)[None, :])
+            p /= tl.sum(p, 0)[None, :]
+            t = y[None, :] == c[:, None]
+            ab = a[:, None] + tl.where(t, b[:, None], 0.0)
+            vy = tl.sum(tl.where(t, v[:, None], 0.0), 0)[None, :]
+            g = p * (ab - tl.sum(p * ab, 0)[None, :]) + vy * (p - tl.where(t, 1.0, 0.0))
+            g = tl.where(kept[None, :], up * g, 0.0).to(grad.dtype.element_ty)
             if SIDE_BY_SIDE:
                 i = tl.arange(0, C * BLOCK)
-                tl.store(grad + C * first + i, tl.reshape(g, (C * BLOCK,)), mask=i < C * left)
+                tl.store(grad + C * first + i, tl.reshape(tl.trans(g), (C * BLOCK,)), mask=i < C * left)
             else:
-                tl.store(grad + out[:, None] + c[None, :].to(tl.int64) * grad_c, g, mask=inside[:, None] & real[None, :])
+                tl.store(grad + (c.to(tl.int64) * grad_c)[:, None] + out[None, :], g, mask=real[:, None] & inside[None, :])
 
 
 # ---------------------------------------------------------------------------------------- what a launch is given, and for which GPUs
@@ -523,10 +550,10 @@ def _geometry(logits: Tensor, **others: Tensor) -> dict:
         args |= dict(zip((f"{name}_d", f"{name}_h", f"{name}_w"), (0, 0, steps[name]) if flat else (0, 0, *t.stride()[-axes:])[-3:]))
     padded = triton.next_power_of_2(c)
     side_by_side = flat and c == padded and all(t.stride(1) == 1 and steps[k] == c for k, t in tensors.items() if k != "target")
-    tile = TILE if logits.device.type != "cpu" else 16 * TILE  # on the CPU it is the interpreter: milliseconds a program
+    tile = TILE if logits.device.type != "cpu" else 4 * TILE  # on the CPU it is the interpreter: milliseconds a program
     return args | {
         "C": c, "CP": padded, "FLAT": flat, "SIDE_BY_SIDE": side_by_side, "INDEX": tl.int32 if args["n"] < 2**31 - tile else tl.int64,
-        "ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32, "BLOCK": max(1, tile // padded),
+        "ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32, "BLOCK": max(1, tile // (1 if c == 2 else padded)),
     }  # fmt: skip
 
 
@@ -557,11 +584,11 @@ def _grad_launch(upstream: Tensor, logits: Tensor, target: Tensor, coefficients:
     """Kernel, grid and arguments of the backward pass; the gradient has the layout of the logits."""
     grad = torch.empty_like(logits)
     args = _geometry(logits, target=target, grad=grad)
-    programs = triton.cdiv(args["n"], args["BLOCK"])
     args |= {"upstream": upstream, "logits": logits, "target": target, "coefficients": coefficients, "grad": grad}
-    return _grad_kernel, (programs * len(logits),), args | {
-        "ignore_index": ignore_index, "groups": len(coefficients) // 2, "programs": programs,
-    }  # fmt: skip
+    rows, c = coefficients.shape
+    args |= {"ignore_index": ignore_index, "group_step": 2 * c if rows > 3 else 0, "last": (rows - 1) * c}
+    programs = triton.cdiv(args["n"], args["BLOCK"])
+    return _grad_kernel, (programs * len(logits),), args | {"programs": programs}
 
 
 def _run(kernel, grid, args) -> dict:
@@ -595,7 +622,7 @@ def _dice_ce(
         labels = target.view(torch.uint8) if target.dtype == torch.bool else target
         partials = _run(*_sums_launch(logits, labels, ignore_index))["partials"]  # (4, C, B, programs)
     else:
-        partials = _sums_plain(logits, target, ignore_index)[..., None]
+        partials = _sums_plain(logits, target, ignore_index, class_weight is not None)[..., None]
     b, scale = len(logits), 1
     if sync:
         scale, rank = dist.get_world_size(), dist.get_rank()
@@ -614,7 +641,7 @@ def _dice_ce(
         loss, dice, coefficients = args["loss"], args["dice"], args["coefficients"]
     else:
         numbers = _finish_plain(partials.sum(3), class_weight, *settings)
-        loss, dice, coefficients = (t.to(_accumulator(logits.dtype)) for t in numbers)
+        loss, dice, coefficients = (t.to(_accumulator(logits.dtype)).contiguous() for t in numbers)
     if sync and not batch:
         dice = dice[rank * b : (rank + 1) * b].clone()
         coefficients = torch.cat([coefficients[2 * rank * b : 2 * (rank + 1) * b], coefficients[-1:]])
@@ -659,8 +686,7 @@ _dice_ce.register_autograd(_backward, setup_context=_keep)
 def compile_specs() -> list[dict]:
     """The launches that matter, as triton.compile wants them, so that their machine code can be looked at without a GPU.
 
-    They are the real launches, of tensors on the meta device, specialised as Triton does: an integer 1 is a constant, multiples of 16
-    are marked, and so are pointers, which PyTorch aligns.
+    Not under the interpreter. They are the real launches, of tensors on the meta device.
     """
     specs = []
     layouts = {"ncdhw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
@@ -682,12 +708,13 @@ def compile_specs() -> list[dict]:
 
 
 def _specialised(kernel, args: dict) -> dict:
-    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+    """As Triton specialises a launch: an integer 1 is a constant, multiples of 16 are marked, and so are pointers, which PyTorch aligns."""
     signature, constexprs, attrs = {}, {}, {}
     for i, param in enumerate(kernel.params):
         value = args[param.name]
         if isinstance(value, Tensor):
-            signature[param.name] = pointers[value.dtype]
+            name = str(value.dtype).removeprefix("torch.")  # uint8 -> *u8, bfloat16 -> *bf16, float32 -> *fp32, int64 -> *i64
+            signature[param.name] = "*" + name.replace("uint", "u").replace("bfloat", "bf").replace("float", "fp").replace("int", "i")
         elif isinstance(value, float):
             signature[param.name] = "fp64"
         elif param.is_constexpr or value is None or value == 1:

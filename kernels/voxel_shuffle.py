@@ -83,7 +83,7 @@ def _cubes(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
     if size < 1 or not all(0 <= a <= n - size for cs in corners.tolist() for c in cs for a, n in zip(c, x.shape[2:])):
         raise ValueError(f"cubes of side {size} at {corners.tolist()} do not lie inside the volume {tuple(x.shape[2:])}")
     table = [[(*corner, _key(s, n)) for n, corner in enumerate(cs)] for s, cs in zip(seeds.tolist(), corners.tolist())]
-    return torch.tensor(table, dtype=torch.int64).view(len(x), -1, 4)
+    return torch.tensor(table, dtype=torch.int64).view(*corners.shape[:2], 4)
 
 
 def _key(seed: int, cube: int) -> int:

@@ -1,9 +1,13 @@
 """voxel_shuffle: a permutation inside its cubes, keyed, random-looking, undone by its inverse."""
 
+import sys
+
 import pytest
 import torch
+from conftest import DEVICE, ROOT
 
 import kernels
+from kernels.voxel_shuffle import _launch, voxel_shuffle_plain, voxel_shuffle_ref, voxel_shuffle_triton
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 
@@ -57,3 +61,173 @@ def test_voxel_shuffle_refuses_cubes_outside():
         kernels.voxel_shuffle(torch.zeros(1, 1, 8, 8, 8), torch.tensor([[[1, 0, 0]]]), 8, 0)
     with pytest.raises(ValueError, match=r"expected \(1, N, 3\)"):
         kernels.voxel_shuffle(torch.zeros(1, 1, 8, 8, 8), torch.zeros(2, 1, 3), 4, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- Triton
+CORNERS = torch.tensor([[[0, 0, 0], [3, 2, 1], [2, 2, 2]], [[1, 0, 2], [1, 0, 2], [3, 2, 0]]])  # overlapping, and one twice
+PATHS = [voxel_shuffle_plain, voxel_shuffle_triton]
+
+VIEWS = {
+    "NCDHW": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    "a channel of two": lambda x: x[:, 1:2],
+    "a channel of two, channels_last": lambda x: x.contiguous(memory_format=torch.channels_last_3d)[:, 1:2],
+    "cropped": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 1, 2, 2))[:, :, 2:-2, 3:-1, 1:-2],
+    "cropped channels_last": lambda x: VIEWS["cropped"](x.contiguous(memory_format=torch.channels_last_3d)),
+    "expanded over samples": lambda x: x[:1].expand(2, -1, -1, -1, -1),
+    "expanded over voxels": lambda x: x[:, :, :1, :, :1].expand(x.shape),
+    "transposed": lambda x: x.transpose(2, 4).contiguous().transpose(2, 4),
+    "every second row": lambda x: x.repeat_interleave(2, 3)[:, :, :, ::2],
+    "samples inside channels": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+def exact(found, expected):
+    assert found.dtype == expected.dtype and found.stride() == expected.stride()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_triton_gives_the_plain_bits_on_any_view(view, inverse):
+    x = VIEWS[view](torch.randn(2, 2, 9, 8, 7, device=DEVICE))
+    before = x.clone()
+    expected = voxel_shuffle_ref(x, CORNERS, 5, 11, inverse)
+    assert not torch.equal(expected, x)  # it does shuffle
+    for path in PATHS:
+        exact(path(x, CORNERS, 5, 11, inverse), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool])
+def test_triton_moves_any_dtype_untouched(dtype):
+    x = (torch.randn(2, 1, 9, 8, 7, device=DEVICE) * 50).to(dtype)
+    if dtype.is_floating_point:
+        x[0, 0, 1, 1, :3] = torch.tensor([float("nan"), float("inf"), -0.0], dtype=dtype, device=DEVICE)
+    words = {1: torch.uint8, 2: torch.int16, 8: torch.int64}[x.element_size()]
+    for path in PATHS:
+        exact(path(x, CORNERS, 5, 3).view(words), voxel_shuffle_ref(x.view(words), CORNERS, 5, 3))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("seed", [-1, [2**63, -(2**62)], torch.tensor([3, -7])])
+def test_triton_gives_the_plain_bits_for_any_key_and_size(size, seed):
+    x = torch.arange(2.0 * 11 * 10 * 9, device=DEVICE).reshape(2, 1, 11, 10, 9)
+    corners = CORNERS.clamp(max=1)
+    shuffled = voxel_shuffle_triton(x, corners, size, seed)
+    exact(shuffled, voxel_shuffle_ref(x, corners, size, seed))
+    exact(voxel_shuffle_triton(shuffled, corners, size, seed, inverse=True), x)
+
+
+def test_the_low_64_bits_of_a_seed_count():
+    x = torch.arange(512.0, device=DEVICE).reshape(1, 1, 8, 8, 8)
+    corner = torch.zeros(1, 1, 3, dtype=torch.int64)
+    for path in PATHS:
+        assert torch.equal(path(x, corner, 8, 2**64 + 5), path(x, corner, 8, 5))
+        assert not torch.equal(path(x, corner, 8, 2**63), path(x, corner, 8, 5))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_cube_no_voxel_no_sample(path):
+    x = torch.randn(2, 1, 3, 3, 3, device=DEVICE)
+    copy = path(x, torch.zeros(2, 0, 3, dtype=torch.int64), 2, 0)
+    assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr()
+    assert path(x[:0], torch.zeros(0, 1, 3, dtype=torch.int64), 2, 0).shape == (0, 1, 3, 3, 3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_does_not_fit_is_refused(path):
+    x = torch.zeros(1, 1, 8, 8, 8, device=DEVICE)
+    for corners in ([[[1, 0, 0]]], [[[0, 0, -1]]]):
+        with pytest.raises(ValueError, match="inside the volume"):
+            path(x, torch.tensor(corners), 8, 0)
+    with pytest.raises(ValueError, match="one a sample"):
+        path(x, torch.zeros(1, 1, 3, dtype=torch.int64), 8, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_is_the_inverse_shuffle(path, layout):
+    x = torch.randn(2, 2, 9, 8, 7, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
+    y = path(x, CORNERS, 5, 11)
+    gradients = {"plain": torch.randn_like(y), "expanded": torch.ones((), device=DEVICE).expand(y.shape)}
+    gradients["sliced"] = torch.randn(2, 4, 9, 8, 7, device=DEVICE)[:, ::2]
+    for name, dy in gradients.items():
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert torch.equal(dx, voxel_shuffle_ref(dy, CORNERS, 5, 11, inverse=True)), name
+        (by_autograd,) = torch.autograd.grad(voxel_shuffle_ref(x, CORNERS, 5, 11), x, dy)
+        assert torch.equal(dx, by_autograd), name
+
+
+@pytest.mark.parametrize("path", [*PATHS, voxel_shuffle_ref])
+def test_gradcheck(path):
+    x = torch.randn(1, 1, 3, 2, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    corners = torch.tensor([[[0, 0, 0], [1, 0, 0]]])
+    assert torch.autograd.gradcheck(lambda x: path(x, corners, 2, 5), x)
+    assert torch.autograd.gradgradcheck(lambda x: path(x, corners, 2, 5).square(), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(kernel, layout):
+    x = torch.randn(2, 2, 4, 3, 3, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
+    corners = torch.tensor([[[0, 0, 0], [1, 0, 0]], [[1, 0, 0], [0, 0, 0]]])
+    torch.library.opcheck(torch.ops.mirror_unet.voxel_shuffle, (x, corners, torch.tensor([1, 2]), 3, False, kernel))
+    torch.library.opcheck(torch.ops.mirror_unet.voxel_shuffle, (x.detach()[:, :1], corners, torch.tensor([1, 2]), 3, True, kernel))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_compiles_without_a_break_and_not_anew_for_every_seed(path):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x, seed: path(x, CORNERS, 5, seed) * 2, fullgraph=True, backend=backend)
+    x = torch.randn(2, 1, 9, 8, 7, device=DEVICE)
+    for seed in (4, 5, 6, 2**50, -3):
+        exact(compiled(x, seed), voxel_shuffle_ref(x, CORNERS, 5, seed) * 2)
+    assert len(graphs) <= 2  # the second treats the seed as a variable
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape,corner", [((1, 3, 5, 7, 3), (1, 2, 0)), ((1, 1, 40, 41, 43), (20, 30, 35))])
+def test_nothing_is_written_outside_the_output(layout, shape, corner, monkeypatch):
+    """The output is cut from a larger block of memory whose other cells must stay as they are."""
+    x = torch.randn(shape, device=DEVICE).contiguous(memory_format=layout)
+    canary, pad = torch.full((x.numel() + 512,), 7.0, device=DEVICE), 256
+    inside = canary[pad:-pad].as_strided(x.shape, x.stride(), pad)
+    monkeypatch.setattr(torch, "empty_like", lambda t: inside)
+    _launch(x, torch.tensor([[[*corner, 99]]], device=DEVICE), 3, False)
+    assert (canary[:pad] == 7).all() and (canary[-pad:] == 7).all()
+    monkeypatch.undo()
+    assert torch.equal(inside.flatten().sort().values, x.flatten().sort().values)
+
+
+def test_samples_channels_and_slices_further_apart_than_2_to_31():
+    """Views of one huge block of memory, of which only the pages in use are ever committed."""
+    far, room = 2**31 + 64, torch.empty(2 * (2**31 + 64) + 4096, dtype=torch.uint8, device=DEVICE)
+    for axis in (0, 1, 2):
+        shape = [1, 1, 3, 4, 5]
+        shape[axis] = 3 if axis == 2 else 2
+        strides = [60 * shape[1], 60, 20, 5, 1]
+        strides[axis] = far
+        x = room.as_strided(shape, strides)
+        x.copy_(torch.randint(0, 256, shape, dtype=torch.uint8))
+        corners = torch.tensor([[[0, 1, 1]]] * shape[0])
+        assert torch.equal(voxel_shuffle_triton(x, corners, 3, 5), voxel_shuffle_ref(x.clone(), corners, 3, 5))
+
+
+def test_one_launch_a_batch():
+    if DEVICE != "cpu":
+        pytest.skip("launches are counted in the interpreter")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from traffic import count_triton
+
+    x = torch.randn(2, 2, 9, 8, 7)
+    with count_triton() as counted:
+        voxel_shuffle_triton(x, CORNERS, 5, 11)
+    assert counted["_shuffle_kernel"].launches == len(counted) == 1
+    assert counted["_shuffle_kernel"].written == 4 * x.numel()  # and each element is read once, plus the cubes
+    assert 0 < counted["_shuffle_kernel"].read - 4 * x.numel() < 1000
