@@ -674,10 +674,14 @@ def _(upstream, logits, target, coefficients, ignore_index, fused):
 def _keep(ctx, inputs, output):
     logits, target, *_, ignore_index, sync, fused = inputs
     ctx.save_for_backward(logits, target, output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no launches that fill zeros for those two
     ctx.options = ignore_index, fused
 
 
 def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 12
     return _dice_ce_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 11
 
 

@@ -549,9 +549,12 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, slope, output[1])
     ctx.residual = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no launch that fills zeros for it
 
 
 def _gradients(ctx, dy, _):
+    if dy is None:
+        return (None,) * 7
     x, weight, bias, slope, stats = ctx.saved_tensors
     dx, dparams = _backward_op(dy, x, weight, bias, slope, ctx.leak, stats)
     dbias = None if bias is None else dparams[0].to(bias.dtype)
