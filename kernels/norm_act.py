@@ -334,8 +334,8 @@ if triton is not None:
 
     @triton.jit
     def _merge_sums(
-        partials,  # (B, 3, spans, n_cols) = (B, 3, parts, C)
-        means,  # (B, 2, C): means over an instance of dz and dz xhat
+        partials,  # (B, 3, spans, n_cols) = (B, 3, parts, C): sums of dz, dz xhat and dy min(z, 0)
+        means,  # (B, 3, C): means of them over an instance
         dparams,  # (2 or 3, C): sums over all samples, the gradients of bias, weight and slope
         batch, n, parts, channels,
         PARTS: tl.constexpr, COLS: tl.constexpr,
@@ -350,14 +350,14 @@ if triton is not None:
                 part = (start + tl.arange(0, PARTS))[None, :]
                 sums += tl.load(first + part * channels, mask=(c < channels)[:, None] & (part < parts), other=0)
             instance = tl.sum(sums, 1)
-            tl.store(means + (b * 2 + s) * channels + c, instance / n, mask=(c < channels) & (s < 2))
+            tl.store(means + (b * 3 + s) * channels + c, instance / n, mask=c < channels)
             total += instance
         tl.store(dparams + s * channels + c, total, mask=c < channels)
 
     @triton.jit
     def _backward(
         dy, x, dx,  # (B, C, D, H, W), as n_rows x n_cols a sample
-        stats, means,  # (B, 2, C)
+        stats, means,  # (B, 2, C), (B, 3, C)
         weight, bias, slope,  # (C,), (C,), (1,) or (C,)
         dy_strides, x_strides, dx_strides, height, width, n_rows, n_cols, steps, channels,
         LEAK: tl.constexpr, SLOPES: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -366,7 +366,7 @@ if triton is not None:
         work = stats.dtype.element_ty
         mean, r, w, beta = _columns(stats, weight, bias, b, col, n_cols, channels)
         s = _slope(slope, LEAK, SLOPES, col, n_cols, channels, work)
-        c = means + b * 2 * channels + col % channels
+        c = means + b * 3 * channels + col % channels
         mean_dz = tl.load(c, mask=col < n_cols, other=0)[:, None]
         mean_dz_xhat = tl.load(c + channels, mask=col < n_cols, other=0)[:, None]
         for start in range(t * steps * ROWS, (t + 1) * steps * ROWS, ROWS):
@@ -425,7 +425,7 @@ def _walk(like: Tensor, *tensors: Tensor | None, tile: int, steps: int) -> tuple
 
 def _block(parts: int, channels: int) -> dict:
     """The block of partials that a merging program takes at a time."""
-    return {"PARTS": min(triton.next_power_of_2(parts), 128), "COLS": min(triton.next_power_of_2(channels), 16), "num_warps": 4}
+    return {"PARTS": min(triton.next_power_of_2(parts), 128), "COLS": min(triton.next_power_of_2(channels), 16), "num_warps": 8}
 
 
 def _forward_launches(x, weight, bias, slope, leak, residual, eps) -> tuple[Tensor, Tensor, list]:
@@ -455,7 +455,7 @@ def _backward_launches(dy, x, weight, bias, slope, leak, stats) -> tuple[Tensor,
     (b, c), dx = x.shape[:2], torch.empty_like(x)
     walk, (dy_strides, x_strides, dx_strides), grid = _walk(dx, dy, x, dx, tile=4096, steps=4)
     partials = stats.new_empty((b, 3, triton.cdiv(walk["n_rows"], walk["ROWS"] * walk["steps"]), walk["n_cols"]))
-    means, dparams = torch.empty_like(stats), stats.new_empty((2 if slope is None else 3, c))
+    means, dparams = stats.new_empty((b, 3, c)), stats.new_empty((2 if slope is None else 3, c))
     block = _block(partials[0, 0].numel() // c, c)
     merge = {"partials": partials, "means": means, "dparams": dparams, "batch": b, "n": x[0, 0].numel(), "channels": c}
     merge |= {"parts": partials[0, 0].numel() // c} | block

@@ -306,3 +306,13 @@ def test_what_does_not_fit_is_refused(f, change, words):
 def test_the_switch_passes_everything_on():
     args = arguments(slopes=3)
     torch.testing.assert_close(kernels.norm_act(*args, eps=0.1), norm_act_ref(*args, eps=0.1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("f", PATHS)
+def test_a_nan_stays_in_its_instance(f, layout):
+    x, *parameters = arguments((2, 3, 4, 4, 4), layout=layout)
+    clean = f(x, *parameters)
+    x[1, 2, 0, 0, 0] = float("nan")
+    y = f(x, *parameters)
+    assert y[1, 2].isnan().all() and torch.equal(y[0], clean[0]) and torch.equal(y[1, :2], clean[1, :2])
