@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import kernels
-from files import UserError, clean_parts, read_header, read_nifti, same_grid, whole, writing
+from files import UserError, clean_parts, glance, read_header, read_nifti, same_grid, whole, writing
 
 
 # ------------------------------------------------------------------------------------------------------ files -> cases
@@ -265,19 +265,11 @@ def refuse_duplicates(cases: list[Case]) -> None:
     """UserError where two cases bear one name, or hold the same files: one study would be trained on and validated on."""
     seen: dict[object, Path] = {}
     for case in cases:
-        files = [path for path in (*case.images, case.label) if path and path.exists()]
-        for key, what in ((case.name, f"case {case.name} occurs twice"), (tuple(map(_glance, files)), "one study under two names")):
-            if key in seen:
+        glances = tuple(glance(path) for path in (*case.images, case.label) if path and path.exists())
+        for key, what in ((case.name, f"case {case.name} occurs twice"), (glances, "one study under two names")):
+            if key and key in seen:
                 raise UserError(f"{what}: {seen[key]} and {case.images[-1]}; remove one of the two")
-            if key:
-                seen[key] = case.images[-1]
-
-
-def _glance(path: Path) -> tuple[int, bytes]:
-    """A file's size and 64 KB from its middle: enough to tell two scans apart."""
-    with open(path, "rb") as f:
-        f.seek(max(0, path.stat().st_size // 2 - 2**15))
-        return path.stat().st_size, f.read(2**16)
+            seen[key] = case.images[-1]
 
 
 def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = None) -> list[CachedCase]:

@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few turns, no torch.compile: does it run?")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--csv", default="results/kernels.csv", help="rows are appended here; '' for none")
+    parser.add_argument("--csv", default=str(Path(__file__).resolve().parent.parent / "results/kernels.csv"), help="rows are appended here; '' for none")
     args = parser.parse_args()
     rows, missing = run(QUICK, args.op, turns=2, compiled=False) if args.quick else run(SHAPES, args.op)
     where = place()
