@@ -1,10 +1,10 @@
-# make train | test | test-all | lint: each sets up .venv first (Python 3.11 or newer, packages pinned by constraints.txt).
+# make train | test | test-all | bench | lint: each sets up .venv first (Python 3.11 or newer, packages pinned by constraints.txt).
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: install train test test-all lint figure clean
+.PHONY: install train test test-all bench lint figure clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,13 @@ test: install
 # Everything, also the tests that train for minutes
 test-all: install
 	$(PY) -m pytest -q -m "slow or not slow" $(ARGS)
+
+# Bytes and launches of the kernels, their registers on four GPUs, times; the peers too where `pip install ".[bench]"` was done
+bench: install
+	$(PY) benchmarks/traffic.py
+	$(PY) benchmarks/budget.py
+	$(PY) benchmarks/kernels.py
+	$(PY) benchmarks/prediction.py
 
 lint: install
 	$(PY) -m ruff check .
