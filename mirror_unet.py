@@ -57,6 +57,27 @@ class BrainOutput(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers
+# What a convolution keeps for its backward pass is its input. Where that input is cheap to make again from tensors that are kept
+# anyway (a norm and PReLU of a convolution's output, a concatenation), it carries a recipe, `x.again`, and is not kept.
+def with_recipe(make, *inputs: Tensor | None) -> Tensor:
+    """make(*inputs), carrying that as its recipe; inputs with a recipe of their own are then made again too."""
+    y = make(*inputs)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        parts = [getattr(x, "again", lambda x=x: x) for x in inputs]
+        y.again = torch.no_grad()(lambda: make(*[part() for part in parts]))
+    return y
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), which keeps x's recipe in place of x if there is one."""
+    again = getattr(x, "again", None)
+    if again is None:
+        return conv(x)
+    this = id(x)  # not x itself: hooks live as long as the graph
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: again if id(t) == this else t, lambda kept: kept() if kept is again else kept):
+        return conv(x)
+
+
 class ConvUnit(nn.Module):
     """Convolution -> norm -> PReLU (one slope). `up=True`: a transposed convolution that doubles each side."""
 
@@ -70,9 +91,11 @@ class ConvUnit(nn.Module):
         self.slope = nn.Parameter(torch.full((1,), 0.25))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = self.conv(x)
+        x = convolve(self.conv, x)
         if isinstance(self.norm, nn.InstanceNorm3d):  # norm, affine, PReLU and the shortcut's sum in one op
-            return kernels.norm_act(x, self.norm.weight, self.norm.bias, self.slope, residual, self.norm.eps)
+            f = lambda x, residual: kernels.norm_act(x, self.norm.weight, self.norm.bias, self.slope, residual, self.norm.eps)  # noqa: E731
+            made_of_kept = residual is None or hasattr(residual, "again")  # another residual would have to be kept in the result's place
+            return with_recipe(f, x, residual) if made_of_kept else f(x, residual)
         x = F.prelu(self.norm(x), self.slope.to(x.dtype))
         return x if residual is None else x + residual
 
@@ -101,7 +124,7 @@ class ResidualUnit(nn.Module):
         *first, last = self.units
         for unit in first:
             x = unit(x)
-        return last(x, shortcut) if isinstance(last, ConvUnit) else last(x) + shortcut
+        return last(x, shortcut) if isinstance(last, ConvUnit) else convolve(last, x) + shortcut
 
 
 class UpLayer(nn.Module):
@@ -116,7 +139,7 @@ class UpLayer(nn.Module):
         self.refine = ResidualUnit(out_channels, out_channels, norm, units=1, bare=top)
 
     def forward(self, below: Tensor, skip: Tensor | None = None) -> Tensor:
-        x = below if skip is None else torch.cat([below, skip], dim=1)
+        x = below if skip is None else with_recipe(lambda *parts: torch.cat(parts, dim=1), below, skip)
         return self.refine(self.up(x))
 
 
@@ -260,7 +283,7 @@ class MirrorUNet(nn.Module):
         if any(s % 16 or s == 0 for s in size):
             fit = tuple(max(16, 16 * round(s / 16)) for s in size)
             raise ValueError(f"size {size}: four strides of 2 need multiples of 16; use {fit}, for example")
-        values = prod(s // 16 for s in size) * (shape[0] if self.norm == "batch" else 1)
+        values = prod([s // 16 for s in size]) * (shape[0] if self.norm == "batch" else 1)
         if values < 2 and (self.norm == "instance" or self.training):
             raise ValueError(f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use 32 or more on a side")
 

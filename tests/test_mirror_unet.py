@@ -1,13 +1,14 @@
 """The network: exact against the authors' release, and the laws that its design promises."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mirror_unet import BrainOutput, MirrorOutput, MirrorUNet, from_official
+from mirror_unet import BrainOutput, MirrorOutput, MirrorUNet, convolve, from_official, with_recipe
 
 TINY = (3, 4, 5, 6, 7)
 SHARES = [(), (3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7)]
@@ -298,3 +299,34 @@ def test_every_parameter_gets_a_gradient_from_its_loss(version, share):
     batch = {"ct": x[:, :1], "pet": x[:, 1:], "seg": (x[:, 1:] > 1).long(), "tumor": torch.ones(1)}
     MirrorLoss(version)(net(x), batch)[0].backward()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_what_is_made_again_is_not_kept_and_gives_the_same_gradients(monkeypatch):
+    torch.manual_seed(0)
+    net, x = MirrorUNet("v3", channels=(4, 4, 8, 8, 8)), torch.rand(1, 2, 32, 32, 32)
+    net.classifier.dropout.p = 0.0
+
+    def step():
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            out = net(x)
+        net.zero_grad()
+        (out.seg.square().mean() + out.ct.square().mean() + out.pet.square().mean() + out.tumor.mean()).backward()
+        return sum(t.untyped_storage().nbytes() for t in kept.values()), [p.grad.clone() for p in net.parameters()]
+
+    less, gradients = step()
+    monkeypatch.setattr("mirror_unet.with_recipe", lambda make, *inputs: make(*inputs))
+    more, expected = step()
+    assert less < 0.75 * more
+    assert all(torch.equal(g, e) for g, e in zip(gradients, expected))
+
+
+def test_a_convolutions_input_is_gone_where_it_has_a_recipe():
+    x = torch.rand(1, 1, 4, 4, 4, requires_grad=True)
+    conv = torch.nn.Conv3d(1, 1, 3)
+    y = with_recipe(torch.exp, x.clone())
+    gone, out = weakref.ref(y), convolve(conv, y)
+    (expected,) = torch.autograd.grad(conv(y).sum(), conv.weight)
+    del y
+    assert gone() is None
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), conv.weight)[0], expected)
