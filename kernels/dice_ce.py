@@ -144,7 +144,7 @@ def _checked(logits: Tensor, target: Tensor, class_weight: Tensor | None, sync: 
 
 # ------------------------------------------------------------------------------------------- the same by hand, in plain PyTorch
 
-CHUNK = 1 << 20  # logits a CPU works on at a time: few enough for its cache, many enough for its threads
+CHUNK = 1 << 19  # logits a CPU thread works on at a time: small enough for a cache, and few launches
 
 
 def dice_ce_plain(
@@ -160,14 +160,14 @@ def _slabs(logits: Tensor, target: Tensor, ignore_index: int | None):
     """Walks a batch in slabs along the first spatial axis, without a copy whatever the strides.
 
     Yields where, logits (C, d, H, W), labels (d, H, W) with 0 for ignored ones, which are kept (d, H, W) as 0 and 1 (None: all of them),
-    and room for 4 numbers a voxel, the same memory each time: fresh memory costs as much as the arithmetic.
+    and room for 5 numbers a voxel, the same memory each time: fresh memory costs as much as the arithmetic.
     """
     samples, _, depth = logits.shape[:3]
     step, layer = max(1, depth), logits[0, 0, 0].numel() if samples and depth else 0
     if logits.device.type == "cpu":  # elsewhere a sample at once: a launch costs more than a cache miss
-        step = min(step, max(1, CHUNK // max(1, layer * logits.shape[1])))
+        step = min(step, max(1, CHUNK * torch.get_num_threads() // max(1, layer * logits.shape[1])))
     work = _accumulator(logits.dtype)
-    room = logits.new_empty((4, step * layer), dtype=work)
+    room = logits.new_empty((5, step * layer), dtype=work)
     target = target.view(torch.uint8) if target.dtype == torch.bool else target
     limits = torch.iinfo(target.dtype)
     ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max  # -1 is no uint8
@@ -185,15 +185,17 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
     """I, P, T and N of every class and sample: (4, C, B) float64."""
     b, c = logits.shape[:2]
     one = logits.new_ones((), dtype=_accumulator(logits.dtype))
-    sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
+    # Of each sample: sums over the layers of its slabs, (numbers, layers), to be added in float64; and its voxels that count.
+    parts, counts = [[] for _ in range(b)], torch.full((b,), target[:1].numel(), dtype=torch.float64, device=logits.device)
     for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
         low, high = (int(v) for v in y.aminmax())
         if low < 0 or high >= c:
             raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
         if c == 2:
-            t, q, nll, z = room.view(-1, *y.shape).unbind()
+            l0, l1 = x.unbind()
+            t, q, nll, z, t_nll = room.view(5, *y.shape).unbind()
             t.copy_(y)
-            torch.sub(x[1], x[0], out=z)
+            torch.sub(l1, l0, out=z)
             z.mul_(torch.add(one, t, alpha=-2, out=q))
             torch.sigmoid(z, out=q)
             # log(1 + e^z) = max(z, 0) - log max(q, 1 - q): exact where q is next to 0 or 1, too.
@@ -201,26 +203,26 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
             torch.sub(z.clamp_min_(0), nll, out=nll)
             if kept is not None:
                 room[1:3] *= kept.flatten()
+                counts[sample] -= y.numel() - kept.sum()
             torch.mul(t, q, out=z)
-            t1, wrong, nll_sum, wrong1 = _sum(room, y)
-            # Without class weights it does not matter for which class a voxel's cross entropy is counted.
-            nll1 = _sum(t * nll, y)[0] if weighted else 0 * t1
-            t0, wrong0 = (y.numel() if kept is None else kept.sum()) - t1, wrong - wrong1
-            right0, right1 = t0 - wrong0, t1 - wrong1
-            part = torch.stack([right0, right1, right0 + wrong1, right1 + wrong0, t0, t1, nll_sum - nll1, nll1]).view(4, 2)
+            if weighted:  # else it does not matter for which class a voxel's cross entropy is counted
+                torch.mul(t, nll, out=t_nll)
+            rows = room if weighted else room[:4]
         else:
             t = _one_hot(x, y, kept)
             log_p = F.log_softmax(x, 0)
             nll = log_p.gather(0, y.long()[None]).neg_()
             p = log_p.exp_() if kept is None else log_p.exp_().mul_(kept)
-            part = torch.stack([_sum(q, y) for q in (p * t, p, t, nll * t)])
-        sums[:, :, sample] += part
-    return sums
-
-
-def _sum(rows: Tensor, y: Tensor) -> Tensor:
-    """Sum of each row over the voxels of a slab: layer by layer, and those in float64."""
-    return rows.reshape(-1, len(y), y[0].numel()).sum(2).double().sum(1)
+            rows = torch.cat([p * t, p, t, nll * t])
+        parts[sample].append(rows.reshape(len(rows), len(y), -1).sum(2))
+    sums = torch.stack([torch.cat(p, 1).sum(1, dtype=torch.float64) for p in parts], 1)  # (numbers, B)
+    if c == 2:
+        t1, wrong, nll, wrong1, *nll1 = sums
+        nll1 = nll1[0] if weighted else 0 * nll
+        t0, wrong0 = counts - t1, wrong - wrong1
+        right0, right1 = t0 - wrong0, t1 - wrong1
+        sums = torch.stack([right0, right1, right0 + wrong1, right1 + wrong0, t0, t1, nll - nll1, nll1])
+    return sums.view(4, c, b)
 
 
 def _one_hot(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
@@ -252,25 +254,24 @@ def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_ind
     grad = torch.empty_like(logits)
     *ab, v = coefficients
     if len(v) == 2:
-        # In the probability p of class 1 and the label t: d loss / d l_1 = p (1 - p) u_t + v_t (p - t).
-        u0 = [a[1] - a[0] - b[0] for a, b in zip(ab[::2], ab[1::2])]
-        u_step = [(b[0] + b[1]).item() for b in ab[1::2]]  # u_1 - u_0
+        # In the probability p of class 1 and the label t: d loss / d l_1 = v_t (p - t) + u_t p (1 - p).
         v0, v_step = v[0], (v[1] - v[0]).item()
+        u0, u_step = [a[1] - a[0] - b[0] for a, b in zip(ab[::2], ab[1::2])], [(b[0] + b[1]).item() for b in ab[1::2]]
     for (sample, slab), x, y, kept, room in _slabs(logits, target, ignore_index):
         group = sample if len(ab) > 2 else 0
         out = grad[sample, :, slab]
         if len(v) == 2:
-            t, p, g, by_label = room.view(-1, *y.shape).unbind()
+            (l0, l1), (t, p, g, by_label) = x.unbind(), room[:4].view(4, *y.shape).unbind()
             t.copy_(y)
-            torch.sub(x[1], x[0], out=p).sigmoid_()
+            torch.sub(l1, l0, out=p).sigmoid_()
             torch.sub(p, t, out=g)
-            torch.mul(g, torch.add(v0, t, alpha=v_step, out=by_label) if v_step else v0, out=g)
-            torch.add(u0[group], t, alpha=u_step[group], out=by_label)
-            g.addcmul_(p.addcmul_(p, p, value=-1), by_label)
+            if v_step:
+                g.mul_(torch.add(v0, t, alpha=v_step, out=by_label))
+            torch.add(u0[group], t, alpha=u_step[group], out=by_label).mul_(p.addcmul_(p, p, value=-1))
             if kept is not None:
-                g.mul_(kept)
-            out[1] = g
-            torch.mul(g, -1, out=out[0])
+                g.mul_(kept), by_label.mul_(kept)
+            torch.add(by_label, g, alpha=1 if v_step else v0.item(), out=out[1])
+            torch.mul(out[1], -1, out=out[0])
         else:
             t, p = _one_hot(x, y, kept), x.softmax(0)
             a, b, v_ = (k.view(-1, *[1] * y.dim()) for k in (ab[2 * group], ab[2 * group + 1], v))

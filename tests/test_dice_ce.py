@@ -123,8 +123,8 @@ def test_odd_sizes_any_number_of_axes_and_one_sample(path, classes, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("classes", [2, 4, 3])
 def test_sums_of_many_programs_and_many_tiles(classes, layout, monkeypatch):
-    """As on a GPU, where a tile is small: here 256 voxels at most, and 3 programs a sample, of several tiles each, the last one ragged."""
-    monkeypatch.setattr(dice_ce_file, "TILE", 64 if DEVICE == "cpu" else 256)  # the interpreter takes 4 times as much
+    """As on a GPU, where a tile is small: here 128 voxels at most, and 3 programs a sample, of several tiles each, the last one ragged."""
+    monkeypatch.setattr(dice_ce_file, "TILE", 32 if DEVICE == "cpu" else 128)  # the interpreter takes 4 times as much
     monkeypatch.setattr(dice_ce_file, "PROGRAMS", 6)
     logits, target = inputs(classes, (7, 9, 11), layout=layout, ignored=255)
     _, grid, args = dice_ce_file._sums_launch(logits, target, 255)
