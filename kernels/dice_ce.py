@@ -41,7 +41,8 @@ Layout. A tile is BLOCK voxels x C classes, whichever of the two axes is contigu
     NCDHW               l0 l0 l0 l0 ...  l1 l1 l1 l1 ...      the voxels of a class side by side: a row of BLOCK, C times
     channels_last_3d    l0 l1 l0 l1 l0 l1 l0 l1 ...           the classes of a voxel side by side: one row of BLOCK C, then split
 
-Both are read 128 bits at a time. Other strides (slices, expanded tensors) are walked as they are, without a copy and without that width.
+Both are read 128 bits at a time (the second for 2, 4, 8, ... classes). Other strides, of slices and expanded tensors, are walked as they
+are: without a copy, and without that width.
 
 Stage one adds up tiles: program i of a sample writes its 4 C partial sums. Stage two, one program, adds them in a fixed order in
 float64 and derives loss, Dice and coefficients. No atomics, so that equal inputs give equal bits. Three launches in all.
@@ -144,14 +145,17 @@ def _checked(logits: Tensor, target: Tensor, class_weight: Tensor | None, sync: 
 
 # ------------------------------------------------------------------------------------------- the same by hand, in plain PyTorch
 
-CHUNK = 1 << 19  # logits a CPU thread works on at a time: small enough for a cache, and few launches
+CHUNK = 1 << 18, 1 << 22  # logits at a time: what fits one thread's cache; with several threads more, as each step wakes them all
 
 
 def dice_ce_plain(
     logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
     dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`dice_ce_ref` with the backward pass of this file's head, in plain PyTorch on any device; first derivatives only."""
+    """`dice_ce_ref` with the backward pass of this file's head, in plain PyTorch; first derivatives only.
+
+    Made for CPUs: slab by slab, each step in place. It runs on a GPU too, but looks at a few numbers on the way and so waits for it.
+    """
     options = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight, ignore_index, sync)
     return _call(False, logits, target, class_weight, *options)
 
@@ -165,7 +169,7 @@ def _slabs(logits: Tensor, target: Tensor, ignore_index: int | None):
     samples, _, depth = logits.shape[:3]
     step, layer = max(1, depth), logits[0, 0, 0].numel() if samples and depth else 0
     if logits.device.type == "cpu":  # elsewhere a sample at once: a launch costs more than a cache miss
-        step = min(step, max(1, CHUNK * torch.get_num_threads() // max(1, layer * logits.shape[1])))
+        step = min(step, max(1, CHUNK[torch.get_num_threads() > 1] // max(1, layer * logits.shape[1])))
     work = _accumulator(logits.dtype)
     room = logits.new_empty((5, step * layer), dtype=work)
     target = target.view(torch.uint8) if target.dtype == torch.bool else target
@@ -197,10 +201,10 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
             t.copy_(y)
             torch.sub(l1, l0, out=z)
             z.mul_(torch.add(one, t, alpha=-2, out=q))
-            torch.sigmoid(z, out=q)
-            # log(1 + e^z) = max(z, 0) - log max(q, 1 - q): exact where q is next to 0 or 1, too.
-            torch.maximum(q, torch.sub(one, q, out=nll), out=nll).log_()
-            torch.sub(z.clamp_min_(0), nll, out=nll)
+            torch.clamp_max(z, 80, out=q).exp_()  # beyond 80, q is 1 to the last bit and log(1 + e^z) is z
+            torch.add(one, q, out=nll)
+            q.div_(nll)
+            torch.maximum(nll.log_(), z, out=nll)
             if kept is not None:
                 room[1:3] *= kept.flatten()
                 counts[sample] -= y.numel() - kept.sum()
@@ -267,7 +271,8 @@ def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_ind
             torch.sub(p, t, out=g)
             if v_step:
                 g.mul_(torch.add(v0, t, alpha=v_step, out=by_label))
-            torch.add(u0[group], t, alpha=u_step[group], out=by_label).mul_(p.addcmul_(p, p, value=-1))
+            torch.add(u0[group], t, alpha=u_step[group], out=by_label)
+            torch.ops.aten.sigmoid_backward.grad_input(by_label, p, grad_input=by_label)  # times p (1 - p)
             if kept is not None:
                 g.mul_(kept), by_label.mul_(kept)
             torch.add(by_label, g, alpha=1 if v_step else v0.item(), out=out[1])
