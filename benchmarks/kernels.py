@@ -30,6 +30,8 @@ SHAPES = {
 QUICK = {op: [(2, shapes[0][1], 16, 16, 16)] for op, shapes in SHAPES.items()}
 FIELDS = ("device", "torch", "triton", "commit", "op", "shape", "dtype", "layout", "pass", "what", "ms", "ratio", "share", "peak_mib")
 
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
 
 def least_bytes(op: str, shape: tuple, item: int) -> dict[str, int]:
     """Bytes that each pass has to move: see the heads of the kernel files."""
@@ -139,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few turns, no torch.compile: does it run?")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--csv", default=str(Path(__file__).resolve().parent.parent / "results/kernels.csv"), help="rows are appended here; '' for none")
+    parser.add_argument("--csv", default=str(RESULTS / "kernels.csv"), help="rows are appended here; '' for none")
     args = parser.parse_args()
     rows, missing = run(QUICK, args.op, turns=2, compiled=False) if args.quick else run(SHAPES, args.op)
     where = place()
