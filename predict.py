@@ -12,6 +12,7 @@ no more than the target needs: the PET branch alone in v1-v3, which needs no CT.
 import argparse
 import contextlib
 import math
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -255,8 +256,12 @@ def load_checkpoint(path, device="cpu") -> dict:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as e:  # torch, pickle and zip each have errors of their own
-        why = (str(e) or repr(e)).splitlines()[0][:160]
+    except Exception as e:  # torch, pickle and zip each have errors of their own; pickle's advises to load it nevertheless
+        why = (
+            "holds more than tensors and plain values"
+            if isinstance(e, pickle.UnpicklingError)
+            else (str(e) or repr(e)).splitlines()[0][:160]
+        )
         raise UserError(f"{path}: not a checkpoint of train.py, or cut short; give a run's best.pt or last.pt ({why})") from None
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "model" not in state:
         raise UserError(f"{path}: not a checkpoint of train.py: it holds no config; give a run's best.pt or last.pt")
