@@ -49,6 +49,7 @@ float64 and derives loss, Dice and coefficients. No atomics, so that equal input
 """
 
 from itertools import pairwise, product
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -164,14 +165,14 @@ def _slabs(logits: Tensor, target: Tensor, ignore_index: int | None):
     """Walks a batch in slabs along the first spatial axis, without a copy whatever the strides.
 
     Yields where, logits (C, d, H, W), labels (d, H, W) with 0 for ignored ones, which are kept (d, H, W) as 0 and 1 (None: all of them),
-    and room for 5 numbers a voxel, the same memory each time: fresh memory costs as much as the arithmetic.
+    and room for 3 numbers a voxel, the same memory each time: fresh memory costs as much as the arithmetic.
     """
     samples, _, depth = logits.shape[:3]
     step, layer = max(1, depth), logits[0, 0, 0].numel() if samples and depth else 0
     if logits.device.type == "cpu":  # elsewhere a sample at once: a launch costs more than a cache miss
         step = min(step, max(1, CHUNK[torch.get_num_threads() > 1] // max(1, layer * logits.shape[1])))
     work = _accumulator(logits.dtype)
-    room = logits.new_empty((5, step * layer), dtype=work)
+    room = logits.new_empty((3, step * layer), dtype=work)
     target = target.view(torch.uint8) if target.dtype == torch.bool else target
     limits = torch.iinfo(target.dtype)
     ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max  # -1 is no uint8
@@ -188,45 +189,47 @@ def _slabs(logits: Tensor, target: Tensor, ignore_index: int | None):
 def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weighted: bool) -> Tensor:
     """I, P, T and N of every class and sample: (4, C, B) float64."""
     b, c = logits.shape[:2]
-    one = logits.new_ones((), dtype=_accumulator(logits.dtype))
-    # Of each sample: sums over the layers of its slabs, (numbers, layers), to be added in float64; and its voxels that count.
-    parts, counts = [[] for _ in range(b)], torch.full((b,), target[:1].numel(), dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
     for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
         low, high = (int(v) for v in y.aminmax())
         if low < 0 or high >= c:
             raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
-        if c == 2:
-            l0, l1 = x.unbind()
-            t, q, nll, z, t_nll = room.view(5, *y.shape).unbind()
-            t.copy_(y)
-            torch.sub(l1, l0, out=z)
-            z.mul_(torch.add(one, t, alpha=-2, out=q))
-            torch.clamp_max(z, 80, out=q).exp_()  # beyond 80, q is 1 to the last bit and log(1 + e^z) is z
-            torch.add(one, q, out=nll)
-            q.div_(nll)
-            torch.maximum(nll.log_(), z, out=nll)
-            if kept is not None:
-                room[1:3] *= kept.flatten()
-                counts[sample] -= y.numel() - kept.sum()
-            torch.mul(t, q, out=z)
-            if weighted:  # else it does not matter for which class a voxel's cross entropy is counted
-                torch.mul(t, nll, out=t_nll)
-            rows = room if weighted else room[:4]
-        else:
-            t = _one_hot(x, y, kept)
-            log_p = F.log_softmax(x, 0)
+        part = _two_class_sums(x, y, kept, room, weighted) if c == 2 else None
+        if part is None:
+            t, log_p = _one_hot(x, y, kept), F.log_softmax(x, 0)
             nll = log_p.gather(0, y.long()[None]).neg_()
             p = log_p.exp_() if kept is None else log_p.exp_().mul_(kept)
-            rows = torch.cat([p * t, p, t, nll * t])
-        parts[sample].append(rows.reshape(len(rows), len(y), -1).sum(2))
-    sums = torch.stack([torch.cat(p, 1).sum(1, dtype=torch.float64) for p in parts], 1)  # (numbers, B)
-    if c == 2:
-        t1, wrong, nll, wrong1, *nll1 = sums
-        nll1 = nll1[0] if weighted else 0 * nll
-        t0, wrong0 = counts - t1, wrong - wrong1
-        right0, right1 = t0 - wrong0, t1 - wrong1
-        sums = torch.stack([right0, right1, right0 + wrong1, right1 + wrong0, t0, t1, nll - nll1, nll1])
-    return sums.view(4, c, b)
+            part = torch.stack([_sum(rows, y) for rows in (p * t, p, t, nll * t)])
+        sums[:, :, sample] += part
+    return sums
+
+
+def _two_class_sums(x: Tensor, y: Tensor, kept: Tensor | None, room: Tensor, weighted: bool) -> Tensor | None:
+    """(4, 2) sums of one slab by the formulas for two classes; None where e^z leaves the range of floating point."""
+    (l0, l1), (t, q, nll) = x.unbind(), room.view(3, *y.shape).unbind()
+    t.copy_(y)
+    torch.sub(l1, l0, out=q)
+    q.addcmul_(q, t, value=-2).exp_()  # e^z
+    torch.add(q, 1, out=nll)
+    q.div_(nll)
+    nll.log_()
+    if kept is not None:
+        room[1:] *= kept.flatten()
+    t1, wrong, n_all = _sum(room, y).tolist()
+    if not isfinite(wrong + n_all):
+        return None
+    # Without class weights it does not matter for which class a voxel's cross entropy is counted.
+    n1 = _sum(nll.mul_(t), y).item() if weighted else 0.0
+    wrong1 = _sum(q.mul_(t), y).item()
+    t0, wrong0 = float(y.numel() if kept is None else kept.sum()) - t1, wrong - wrong1
+    right0, right1 = t0 - wrong0, t1 - wrong1
+    part = [[right0, right1], [right0 + wrong1, right1 + wrong0], [t0, t1], [n_all - n1, n1]]
+    return torch.tensor(part, dtype=torch.float64, device=x.device)
+
+
+def _sum(rows: Tensor, y: Tensor) -> Tensor:
+    """Sum of each row over the voxels of a slab: layer by layer, and those in float64."""
+    return rows.reshape(-1, len(y), y[0].numel()).sum(2).sum(1, dtype=torch.float64)
 
 
 def _one_hot(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
@@ -259,24 +262,25 @@ def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_ind
     *ab, v = coefficients
     if len(v) == 2:
         # In the probability p of class 1 and the label t: d loss / d l_1 = v_t (p - t) + u_t p (1 - p).
-        v0, v_step = v[0], (v[1] - v[0]).item()
+        v0, v_step = v[0].item(), (v[1] - v[0]).item()
         u0, u_step = [a[1] - a[0] - b[0] for a, b in zip(ab[::2], ab[1::2])], [(b[0] + b[1]).item() for b in ab[1::2]]
     for (sample, slab), x, y, kept, room in _slabs(logits, target, ignore_index):
         group = sample if len(ab) > 2 else 0
         out = grad[sample, :, slab]
         if len(v) == 2:
-            (l0, l1), (t, p, g, by_label) = x.unbind(), room[:4].view(4, *y.shape).unbind()
+            (l0, l1), (t, p, g) = x.unbind(), room.view(3, *y.shape).unbind()
             t.copy_(y)
             torch.sub(l1, l0, out=p).sigmoid_()
-            torch.sub(p, t, out=g)
+            torch.add(u0[group], t, alpha=u_step[group], out=g)
+            torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)  # times p (1 - p)
             if v_step:
-                g.mul_(torch.add(v0, t, alpha=v_step, out=by_label))
-            torch.add(u0[group], t, alpha=u_step[group], out=by_label)
-            torch.ops.aten.sigmoid_backward.grad_input(by_label, p, grad_input=by_label)  # times p (1 - p)
+                g.addcmul_(p - t, v0 + v_step * t)
+            else:
+                g.add_(p.sub_(t), alpha=v0)
             if kept is not None:
-                g.mul_(kept), by_label.mul_(kept)
-            torch.add(by_label, g, alpha=1 if v_step else v0.item(), out=out[1])
-            torch.mul(out[1], -1, out=out[0])
+                g.mul_(kept)
+            out[1] = g
+            torch.mul(g, -1, out=out[0])
         else:
             t, p = _one_hot(x, y, kept), x.softmax(0)
             a, b, v_ = (k.view(-1, *[1] * y.dim()) for k in (ab[2 * group], ab[2 * group + 1], v))
@@ -381,7 +385,7 @@ if triton is not None:
         inter, pred, true, nll = tl.zeros((CP,), ACC), tl.zeros((CP,), ACC), tl.zeros((CP,), ACC), tl.zeros((CP,), ACC)
         for tile in range(tiles):
             first = (program.to(tl.int64) * tiles + tile) * BLOCK
-            left = n - first
+            left = tl.minimum(n - first, BLOCK).to(tl.int32)
             at = _places(first, height, width, target_d, target_h, target_w, FLAT, INDEX, BLOCK)
             y, kept = _labels(target, at, tl.arange(0, BLOCK) < left, ignore_index)
             at = _places(first, height, width, logits_d, logits_h, logits_w, FLAT, INDEX, BLOCK)
@@ -486,7 +490,7 @@ if triton is not None:
         target += sample.to(tl.int64) * target_b
         grad += sample.to(tl.int64) * grad_b
         first = program.to(tl.int64) * BLOCK
-        left = n - first
+        left = tl.minimum(n - first, BLOCK).to(tl.int32)
         inside = tl.arange(0, BLOCK) < left
         at = _places(first, height, width, target_d, target_h, target_w, FLAT, INDEX, BLOCK)
         y, kept = _labels(target, at, inside, ignore_index)
@@ -583,7 +587,7 @@ def _finish_launch(partials: Tensor, class_weight: Tensor | None, dtype: torch.d
     args |= {"partials": partials, "class_weight": class_weight, "groups": groups, "length": length, "BACKGROUND": background}
     args |= {"smooth_nr": smooth_nr, "smooth_dr": smooth_dr, "dice_weight": dice, "ce_weight": ce, "scale": float(scale)}
     padded = triton.next_power_of_2(c)
-    return _finish_kernel, (1,), args | {"C": c, "CP": padded, "STEP": max(1, 2048 // padded)}
+    return _finish_kernel, (1,), args | {"C": c, "CP": padded, "STEP": max(1, 1024 // padded)}
 
 
 def _grad_launch(upstream: Tensor, logits: Tensor, target: Tensor, coefficients: Tensor, ignore_index: int | None):
