@@ -587,7 +587,7 @@ def _finish_launch(partials: Tensor, class_weight: Tensor | None, dtype: torch.d
     args |= {"partials": partials, "class_weight": class_weight, "groups": groups, "length": length, "BACKGROUND": background}
     args |= {"smooth_nr": smooth_nr, "smooth_dr": smooth_dr, "dice_weight": dice, "ce_weight": ce, "scale": float(scale)}
     padded = triton.next_power_of_2(c)
-    return _finish_kernel, (1,), args | {"C": c, "CP": padded, "STEP": max(1, 1024 // padded)}
+    return _finish_kernel, (1,), args | {"C": c, "CP": padded, "STEP": max(1, 2048 // padded)}
 
 
 def _grad_launch(upstream: Tensor, logits: Tensor, target: Tensor, coefficients: Tensor, ignore_index: int | None):
