@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import figures
+import kernels
 from data import CachedCase, Case, Recipe, find_brain, find_petct, label_to_grid, load_images, read_label
 from files import CannotWrite, UserError, program, read_header, same_grid, whole
 from metrics import case_metrics, print_table, write_table
@@ -341,7 +342,12 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     add("--overlap", type=float, help="of windows, 0 to 0.9; default the run's")
     add("--batch", type=int, help="windows at a time; default the run's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu | cuda | cuda:1 ...")
+    add("--kernels", default="", help="auto | triton | plain; default MIRROR_UNET_KERNELS, else auto")
     a = parser.parse_args(argv)
+    try:
+        kernels.use(a.kernels)
+    except ValueError as e:
+        raise UserError(f"--kernels {a.kernels}: {e}") from None
     inputs = [p for p in (a.pet, a.ct, a.image, a.t2w, a.flair) if p]
     if bool(a.t2w) != bool(a.flair):
         raise UserError("--t2w and --flair go together: give both files, or one four-channel file with --image")

@@ -352,6 +352,8 @@ def test_a_checkpoint_of_something_else_is_a_sentence(studies, tmp_path, capsys)
     assert "it holds no config" in ask(tmp_path / "other.pt")
     assert "no such checkpoint" in ask(tmp_path / "none.pt")
     assert "never overwritten" in refused(predict.main, ["--checkpoint", tmp_path / "a.pt", "--pet", pet, "--out", pet], capsys)
+    with_kernels = ["--checkpoint", tmp_path / "a.pt", "--pet", pet, "--out", tmp_path / "m.nii", "--kernels", "fast"]
+    assert "use one of auto, triton, plain" in refused(predict.main, with_kernels, capsys)
     assert not list(tmp_path.glob("m.nii*"))
 
     train.main([*args, "--model", "v1", "--steps", "1", "--out", str(tmp_path / "r")])
