@@ -13,6 +13,7 @@ Without torchrun everything here does nothing, at no cost.
 """
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -47,6 +48,9 @@ def start(device: str) -> torch.device:
         torch.cuda.set_device(local)
     if not dist.is_initialized():  # a long limit: one process may preprocess or validate for hours while the others wait
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
+        # One reference more, so that the group lives as long as the process: where a gloo group ends, PyTorch 2.13 waits, holding the
+        # interpreter's lock, for a thread that may be waiting for that lock, and the run hangs after its last line.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     return torch.device(device, local) if device == "cuda" else torch.device("cpu")
 
 
