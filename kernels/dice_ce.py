@@ -191,8 +191,9 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
     b, c = logits.shape[:2]
     sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
     for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
-        low, high = (int(v) for v in y.aminmax())
-        if low < 0 or high >= c:
+        t = room[0].view(y.shape).copy_(y)  # of int64 labels, half as much to look through
+        if t.min() < 0 or t.max() >= c:
+            low, high = (int(v) for v in y.aminmax())
             raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
         part = _two_class_sums(x, y, kept, room, weighted) if c == 2 else None
         if part is None:
@@ -205,9 +206,8 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
 
 
 def _two_class_sums(x: Tensor, y: Tensor, kept: Tensor | None, room: Tensor, weighted: bool) -> Tensor | None:
-    """(4, 2) sums of one slab by the formulas for two classes; None where e^z leaves the range of floating point."""
+    """(4, 2) sums of one slab by the formulas for two classes, room[0] holding its labels; None where e^z leaves floating point's range."""
     (l0, l1), (t, q, nll) = x.unbind(), room.view(3, *y.shape).unbind()
-    t.copy_(y)
     torch.sub(l1, l0, out=q)
     q.addcmul_(q, t, value=-2).exp_()  # e^z
     torch.add(q, 1, out=nll)
@@ -262,7 +262,7 @@ def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_ind
     *ab, v = coefficients
     if len(v) == 2:
         # In the probability p of class 1 and the label t: d loss / d l_1 = v_t (p - t) + u_t p (1 - p).
-        v0, v_step = v[0].item(), (v[1] - v[0]).item()
+        v, v0, v_step = v.to(_accumulator(logits.dtype)), v[0].item(), (v[1] - v[0]).item()
         u0, u_step = [a[1] - a[0] - b[0] for a, b in zip(ab[::2], ab[1::2])], [(b[0] + b[1]).item() for b in ab[1::2]]
     for (sample, slab), x, y, kept, room in _slabs(logits, target, ignore_index):
         group = sample if len(ab) > 2 else 0
@@ -273,14 +273,11 @@ def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_ind
             torch.sub(l1, l0, out=p).sigmoid_()
             torch.add(u0[group], t, alpha=u_step[group], out=g)
             torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)  # times p (1 - p)
-            if v_step:
-                g.addcmul_(p - t, v0 + v_step * t)
-            else:
-                g.add_(p.sub_(t), alpha=v0)
+            p.sub_(t)
             if kept is not None:
-                g.mul_(kept)
-            out[1] = g
-            torch.mul(g, -1, out=out[0])
+                p.mul_(kept), g.mul_(kept)
+            torch.addcmul(g, p, t.mul_(v_step).add_(v0) if v_step else v[0], out=out[1])
+            torch.neg(out[1], out=out[0])
         else:
             t, p = _one_hot(x, y, kept), x.softmax(0)
             a, b, v_ = (k.view(-1, *[1] * y.dim()) for k in (ab[2 * group], ab[2 * group + 1], v))

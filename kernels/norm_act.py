@@ -118,10 +118,13 @@ class _NormAct(torch.autograd.Function):
         r = (_total(centred * centred, k) / n + eps).rsqrt()  # (B, C)
         ctx.save_for_backward(x, weight, bias, slope, mean, r)
         ctx.leak, ctx.residual = leak, residual is not None
-        y = _affine(centred.mul_(_spread(r, flat, k)), weight, bias, k)
-        if slope is not None or leak != 1:
-            s = leak if slope is None else _spread(slope.expand(x.shape[1])[None], flat, k)
-            y = y.clamp(min=0).add_(y.clamp_(max=0).mul_(s))
+        y = centred.mul_(_spread(r if weight is None else r * weight.to(r), flat, k))
+        if bias is not None:
+            y.add_(_spread(bias[None], flat, k))
+        if slope is not None:
+            y.addcmul_(y.clamp(max=0), _spread((slope.to(y) - 1).expand(x.shape[1])[None], flat, k))
+        elif leak != 1:
+            y.add_(y.clamp(max=0), alpha=leak - 1)
         if residual is not None:
             y = y.add_(_rows(residual, x, k))
         return _volume(y, x, k)
