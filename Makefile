@@ -1,10 +1,10 @@
-# make train | test | test-all | bench | lint: each sets up .venv first (Python 3.11 or newer, packages pinned by constraints.txt).
+# make train | test | test-all | bench | tutorials | lint: each sets up .venv first (Python 3.11 or newer, packages pinned by constraints.txt).
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: install train test test-all bench lint figure clean
+.PHONY: install train test test-all bench tutorials lint figure clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ bench: install
 	$(PY) benchmarks/budget.py
 	$(PY) benchmarks/kernels.py
 	$(PY) benchmarks/prediction.py
+
+# Runs every notebook of tutorials/ from its source and keeps the outputs; ARGS="--check" only checks, ARGS="02" runs one
+tutorials: install
+	$(PY) tutorials/run.py $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .

@@ -6,11 +6,11 @@ Arrays are on the network's grid, axes (left, anterior, superior).
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot: whoever imports this file keeps the backend they have
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.path import Path as Outline
 
 from files import whole
 
@@ -33,7 +33,8 @@ def curves(metrics: Path, out: Path) -> None:
         return
     steps = np.array([r["step"] for r in train])
     parts = [k for k in train[0] if k.endswith(("_dice", "_ce", "_l2", "_bce"))]
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    fig = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = fig.subplots(1, 3)
     loss = np.array([r["loss"] for r in train])
     axes[0].plot(steps, loss, lw=0.4, alpha=0.35, color="C0")
     axes[0].plot(steps, _smooth(loss), color="C0")
@@ -50,7 +51,6 @@ def curves(metrics: Path, out: Path) -> None:
         axes[2].legend(fontsize=8)
     with whole(out) as part:
         fig.savefig(part, dpi=110)
-    plt.close(fig)
 
 
 def _outline(axis, mask: np.ndarray, color: str) -> None:
@@ -70,7 +70,8 @@ def panels(rows: list[dict], out: Path) -> None:
     size = np.array(rows[0]["truth"].shape) * rows[0]["spacing"]  # mm
     ratios = [size[0] / size[1]] * (len(titles) - 1) + [size[0] / size[2]]
     figsize = (2.2 * sum(ratios) + 0.4, 2.3 * len(rows) + 0.6)
-    fig, grid = plt.subplots(len(rows), len(titles), figsize=figsize, squeeze=False, layout="constrained", width_ratios=ratios)
+    fig = Figure(figsize=figsize, layout="constrained")
+    grid = fig.subplots(len(rows), len(titles), squeeze=False, width_ratios=ratios)
     for row, axes in zip(rows, grid):
         (first, second), truth, pred, s = row["images"], row["truth"], row["pred"], row["spacing"]
         area = truth.sum((0, 1)) if truth.any() else pred.sum((0, 1))
@@ -95,7 +96,6 @@ def panels(rows: list[dict], out: Path) -> None:
     _legend(fig)
     with whole(out) as part:
         fig.savefig(part, dpi=110)
-    plt.close(fig)
 
 
 def tile(title: str, image: np.ndarray, pred: np.ndarray, truth: np.ndarray | None, spacing, brain: bool) -> dict:
@@ -115,7 +115,8 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
     columns = min(8, len(tiles))
     rows = -(-len(tiles) // columns)
     tall = max(t["image"].shape[1] * t["aspect"] / t["image"].shape[0] for t in tiles)
-    fig, grid = plt.subplots(rows, columns, figsize=(2 * columns, (2 * tall + 0.4) * rows + 0.3), squeeze=False, layout="constrained")
+    fig = Figure(figsize=(2 * columns, (2 * tall + 0.4) * rows + 0.3), layout="constrained")
+    grid = fig.subplots(rows, columns, squeeze=False)
     for axis in grid.ravel():
         axis.axis("off")
     for axis, t in zip(grid.ravel(), tiles):
@@ -129,11 +130,10 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
     _legend(fig)
     with whole(out) as part:
         fig.savefig(part, dpi=110)
-    plt.close(fig)
 
 
 def _legend(fig) -> None:
-    marks = [plt.Line2D([], [], color=TRUTH, label="truth"), plt.Line2D([], [], color=PREDICTION, label="prediction")]
+    marks = [Line2D([], [], color=TRUTH, label="truth"), Line2D([], [], color=PREDICTION, label="prediction")]
     fig.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8)
 
 
@@ -148,7 +148,7 @@ LOSSES = {"reconstruct": "L2", "segment": "Dice + CE", "tumour?": "BCE"}
 
 def _arrow(ax, *points: tuple[float, float], color: str = INK, lw: float = 1.5) -> None:
     style = dict(arrowstyle="-|>", mutation_scale=11, lw=lw, ec=color, fc=color, capstyle="butt", zorder=3)
-    ax.add_patch(matplotlib.patches.FancyArrowPatch(path=matplotlib.path.Path(points), **style))
+    ax.add_patch(FancyArrowPatch(path=Outline(points), **style))
 
 
 def _level(ax, x: float, y: float, level, size: tuple, full: tuple, color: str, text: str = "", up: int = 1) -> tuple[float, float, tuple]:
@@ -156,7 +156,7 @@ def _level(ax, x: float, y: float, level, size: tuple, full: tuple, color: str, 
     conv = level.units[0].conv if hasattr(level, "units") else level.up.conv
     size = tuple(s * k if conv.transposed else s // k for s, k in zip(size, conv.stride))
     w, h = max(0.12, 0.31 * (conv.out_channels / full[0]) ** 0.5), 0.49 * (np.prod(size) / np.prod(full[1])) ** (1 / 6)
-    ax.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, fc=color, ec=INK, zorder=4))
+    ax.add_patch(Rectangle((x - w, y - h), 2 * w, 2 * h, fc=color, ec=INK, zorder=4))
     ax.text(x, y - 0.01, text, ha="center", va="center", size=11.5, weight="bold", color="white" if color == SHARED else INK, zorder=5)
     room = f"{size[0]}³" if len(set(size)) == 1 else f"1/{full[1][0] // size[0]}"  # no cube: the share of the input's sides
     ax.text(x, y + up * (h + 0.12), f"{conv.out_channels} @ {room}", ha="center", va="center", size=11.5, zorder=5)
@@ -166,20 +166,20 @@ def _level(ax, x: float, y: float, level, size: tuple, full: tuple, color: str, 
 def architecture(model, path, size: tuple[int, int, int] = (96, 96, 96)) -> None:
     """Draw a MirrorUNet, for inputs of `size` (D, H, W), to an image file. Levels that are one module in both branches are joined."""
     brain, version, full, tasks = model.preset == "brain", model.version, (max(model.channels), size), TASKS[model.preset]
-    ax = plt.figure(figsize=(12, 6.8)).add_axes((0, 0, 1, 1), xlim=(0, 12), ylim=(-3.4, 3.4), frame_on=False, xticks=[], yticks=[])
+    ax = Figure(figsize=(12, 6.8)).add_axes((0, 0, 1, 1), xlim=(0, 12), ylim=(-3.4, 3.4), frame_on=False, xticks=[], yticks=[])
     small, bold, grey = dict(size=11.5, ha="center", va="center", zorder=5), dict(size=12.5, weight="bold"), dict(fc=DEEP, ec=INK)
     xs, ys, end, right = 1.5 + np.arange(9), np.array([2.61, 1.96, 1.45, 1.0, 0.37, 1.0, 1.45, 1.96, 2.61]), 10, 10.15  # in inches
     same = [a is b for a, b in zip(model.ct.levels, model.pet.levels)]
     for up, branch, color, name in ((1, model.ct, CT, "T2w" if brain else "CT"), (-1, model.pet, PET, "FLAIR" if brain else "PET")):
         at, sizes = (0.57, up * ys[0]), [size]
-        ax.add_patch(plt.Rectangle((0.12, at[1] - 0.45), 0.9, 0.9, fc=color, ec=INK, zorder=4))
+        ax.add_patch(Rectangle((0.12, at[1] - 0.45), 0.9, 0.9, fc=color, ec=INK, zorder=4))
         ax.text(*at, name, **small | dict(size=15, weight="bold"))
         for n, (x, y, level) in enumerate(zip(xs, up * ys, branch.levels)):
             w, h, now = _level(ax, x, y, level, sizes[-1], full, SHARED if same[n] else color, str(n + 1), up)
             _arrow(ax, at, *([(at[0], y), (x - w, y)] if n < 5 else [(x, at[1]), (x, y - up * h)]))
             if n > 4:
                 _arrow(ax, (xs[8 - n], y), (x - w, y), color=QUIET, lw=0.9)
-            ax.add_patch(plt.Rectangle((x - w, 0), 2 * w, y, fc=JOIN if same[n] else "none", zorder=1))
+            ax.add_patch(Rectangle((x - w, 0), 2 * w, y, fc=JOIN if same[n] else "none", zorder=1))
             at, sizes = (x, y), [*sizes, now]
         _arrow(ax, at, (end, y), *[(end, 0.14 * up)] * (version == "v4"))
     note = "shared weights,\nnot features" if any(same) else "nothing shared:\ntwo separate U-Nets"
@@ -212,4 +212,3 @@ def architecture(model, path, size: tuple[int, int, int] = (96, 96, 96)) -> None
     ax.text(xs[4], 2.81, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, input {'×'.join(map(str, size))}", **small)
     ax.text(xs[4], -3.1, "tall box: large; wide box: many channels; grey arrow: skip connection", color="#5a616c", **small)
     ax.figure.savefig(path, dpi=130)
-    plt.close(ax.figure)

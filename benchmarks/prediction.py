@@ -4,8 +4,9 @@
     python benchmarks/prediction.py --small    a 100 x 100 x 71 study, to see that it works
 
 Part one writes a synthetic 400 x 400 x 284 study (2.04 x 2.04 x 3 mm) and untrained networks of the laptop's width, and runs predict.py on
-them as a program of its own: peak memory is the most that the process ever had resident. Part two runs two windows of 96^3 through
-`MirrorUNet.segment` (the PET branch, all that a segmentation by v1-v3 needs) and through the whole network, in turns. Linux only.
+them as a program of its own: peak memory is the most that the process ever had resident. Part two predicts two
+windows of 96^3, and a whole body, by the PET branch (all that a segmentation by v1-v3 needs) and by both branches with all they give, in
+turns. Linux only.
 """
 
 import argparse
@@ -58,26 +59,35 @@ def predict(pet: Path, options: str, folder: Path) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def window(whole: bool, repeats: int, size: int) -> tuple[float, float]:
-    """(seconds, peak GB above what was resident before) of a batch of two windows, in a process of its own."""
+def branches(whole: bool, shape, size: int, channels: tuple, repeats: int) -> tuple[float, float]:
+    """(seconds, peak GB above what was resident before) of a prediction in windows of size^3, in a process of its own.
+
+    whole: both branches with all they give: a segmentation, and the reconstructions of CT and PET; else the PET branch's segmentation.
+    """
     code = f"""
 import time, torch
 from pathlib import Path
 from mirror_unet import MirrorUNet
+from predict import sliding_window
 
 def resident(name):  # GB
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 2**20
 
+def both(x):
+    out = net(x)
+    return torch.cat([out.seg.softmax(1)[:, 1:], out.ct, out.pet], dim=1)
+
 torch.manual_seed(0)
-net = MirrorUNet("v3").eval()
-x = torch.rand(2, 2, {size}, {size}, {size})
+net = MirrorUNet("v3", channels={channels}).eval()
+predict = both if {whole} else lambda x: net.segment(x).seg.softmax(1)[:, 1:]
 with torch.no_grad():
-    net(x[:, :, :32, :32, :32])  # what is loaded once is loaded now
+    both(torch.rand(2, 2, 32, 32, 32))  # what is loaded once is loaded now
     before, times = resident("VmRSS"), []
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    x = torch.rand({1 + whole}, *{tuple(shape)})
     for _ in range({repeats}):
         start = time.perf_counter()
-        net(x) if {whole} else net.segment(x[:, 1:])
+        sliding_window(x, predict, ({size},) * 3, overlap=0)
         times.append(time.perf_counter() - start)
 print(sorted(times)[len(times) // 2], resident("VmHWM") - before)
 """
@@ -97,15 +107,17 @@ def main() -> None:
         for name, options in CASES.items():
             seconds, peak = predict(pet, options, Path(folder))
             print(f"{name:50} {seconds:7.1f} s   peak {peak:.2f} GB resident")
-    size, found = 48 if small else 96, {False: [], True: []}
-    for _ in range(1 if small else 3):  # in turns
-        for whole in found:
-            found[whole].append(window(whole, 5, size))
-    alone, both = (np.median(found[whole], axis=0) for whole in found)
-    print(
-        f"two windows of {size}^3, channels 16-256: PET branch {alone[0]:.2f} s, {alone[1]:.3f} GB; whole {both[0]:.2f} s, {both[1]:.3f} GB"
-    )
-    print("PET branch / whole network: time {:.2f}, memory {:.2f}".format(*alone / both))
+    size = 48 if small else 96
+    paper, laptop = (16, 32, 64, 128, 256), (8, 16, 32, 64, 128)
+    for volume, channels in (((size, size, 2 * size), paper), (shape, laptop)):
+        found = {False: [], True: []}
+        for _ in range(1 if small else 3):  # in turns
+            for whole in found:
+                found[whole].append(branches(whole, volume, size, channels, 5 if volume[0] == size else 1))
+        alone, both = (np.median(found[whole], axis=0) for whole in found)
+        print(f"{'x'.join(map(str, volume))} in windows of {size}^3, channels {channels[0]}-{channels[-1]}:")
+        print("    PET branch {:.2f} s, {:.3f} GB; both {:.2f} s, {:.3f} GB;".format(*alone, *both), end=" ")
+        print("PET branch / both: time {:.2f}, memory {:.2f}".format(*alone / both))
 
 
 if __name__ == "__main__":
