@@ -80,14 +80,27 @@ class Baseline(nn.Module):
 
     version = "v4"  # whose loss it has (`MirrorLoss`): v4 segmentation alone; v1 + CT; v2 + CT and PET; v3 + classification
     reads = ("ct", "pet")  # the modalities that a segmentation takes
-    turn = 0  # 0 and 1 in turns, training steps; set by train.py
+    turn = 0  # the training step's number modulo 2, set by train.py: whose turn it is
     partial = False  # a step may leave parameters without a gradient: DDP has to look for them
-    preset, norm = "petct", "instance"
-    check_input = MirrorUNet.check_input  # for networks whose bottleneck is at 1/16
+    preset, norm, multiples = "petct", "instance", (16, 16, 16)  # multiples: what the strides make of the sides
 
     def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
         """What is known of the tumour, and no more computed than that takes; x as `forward`'s, or PET alone if it `reads` no more."""
         return self(x)
+
+    def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
+        """Refuse, in a sentence, a shape (B, C, D, H, W) that would fail or mislead deep inside: ValueError."""
+        if len(shape) != 5 or shape[1] != channels:
+            raise ValueError(f"expected (B, {channels}, D, H, W), got {tuple(shape)}")
+        size, multiples = tuple(shape[2:]), tuple(self.multiples)
+        if any(s % m or s == 0 for s, m in zip(size, multiples)):
+            fit = tuple(max(m, m * round(s / m)) for s, m in zip(size, multiples))
+            raise ValueError(f"size {size}: this network's strides need multiples of {multiples}; use {fit}, for example")
+        values = prod(s // m for s, m in zip(size, multiples)) * (shape[0] if self.norm == "batch" else 1)
+        if values < 2 and self.norm != "group" and (self.norm == "instance" or self.training):
+            raise ValueError(
+                f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use {2 * max(multiples)} or more on a side"
+            )
 
 
 # ------------------------------------------------------------------------------ fusion, with the Mirror U-Net's own blocks
@@ -114,8 +127,8 @@ class Decoder(nn.ModuleList):
 
     def __init__(self, out_channels: int, channels: tuple[int, ...], norm: str, deep: int, encoders: int = 1):
         c1, c2, c3, c4, _ = channels
-        below, skip, above = (deep, c3, c2, c1), (c4, c3, c2, c1), (c3, c2, c1, out_channels)
-        super().__init__([UpLayer(b + encoders * s, a, norm, top=a is above[3]) for b, s, a in zip(below, skip, above)])
+        ups = [UpLayer(b + encoders * s, a, norm) for b, s, a in ((deep, c4, c3), (c3, c3, c2), (c2, c2, c1))]
+        super().__init__([*ups, UpLayer(c1 + encoders * c1, out_channels, norm, top=True)])
 
     def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
         for up, skip in zip(self, reversed(skips), strict=True):
@@ -123,30 +136,21 @@ class Decoder(nn.ModuleList):
         return x
 
 
-class Unimodal(Baseline):
-    """`ct`, `pet`: a U-Net that sees one modality alone. One branch of a Mirror U-Net, which is MONAI's UNet (Kerfoot et al. 2018)."""
+class OneUNet(Baseline):
+    """`ct`, `pet`: a U-Net that sees one modality alone; `ef`, early fusion: one that has both as its input channels.
 
-    def __init__(self, modality: str, channels, norm):
+    One branch of a Mirror U-Net, which is MONAI's UNet (Kerfoot et al. 2018) with two residual units, skips concatenated last.
+    """
+
+    def __init__(self, reads: tuple[str, ...], channels, norm):
         super().__init__()
-        self.reads, self.norm = (modality,), norm
-        self.net = Branch(2, channels, norm)
+        self.reads, self.norm = reads, norm
+        self.net = Branch(2, channels, norm, inputs=len(reads))
 
     def forward(self, x: Tensor) -> MirrorOutput:
         """x (B, 2, D, H, W); `pet` also takes PET alone, (B, 1, D, H, W)."""
-        self.check_input(x.shape, channels=x.shape[1] if self.reads == ("pet",) and x.shape[1] == 1 else 2)
-        return MirrorOutput(seg=self.net.decode(*self.net.encode(x[:, :1] if self.reads == ("ct",) else x[:, -1:])))
-
-
-class EarlyFusion(Baseline):
-    """`ef`: one U-Net, PET and CT as its two input channels."""
-
-    def __init__(self, channels, norm):
-        super().__init__()
-        self.norm = norm
-        self.net = Branch(2, channels, norm, inputs=2)
-
-    def forward(self, x: Tensor) -> MirrorOutput:
-        self.check_input(x.shape)
+        self.check_input(x.shape, channels=1 if self.reads == ("pet",) and x.shape[1] == 1 else 2)
+        x = {("ct",): x[:, :1], ("pet",): x[:, -1:]}.get(self.reads, x)
         return MirrorOutput(seg=self.net.decode(*self.net.encode(x)))
 
 
@@ -345,15 +349,15 @@ class PlainUNet(Baseline):
     def __init__(self, strides, kernels, widths, preset="petct", deep_supervision=False):
         super().__init__()
         self.preset, self.partial, self.deep_supervision = preset, deep_supervision, deep_supervision
-        self.strides = [tuple(s) for s in strides]
+        self.multiples = tuple(prod(s) for s in zip(*strides))
         out = 6 if preset == "brain" else 2
 
         def stage(inputs, width, kernel, stride=(1, 1, 1)):
             return nn.Sequential(LeakyUnit(inputs, width, kernel, stride), LeakyUnit(width, width, kernel))
 
-        self.encoder = nn.ModuleList([stage(*a) for a in zip([2, *widths], widths, kernels, self.strides)])
+        self.encoder = nn.ModuleList([stage(*a) for a in zip([2, *widths], widths, kernels, strides)])
         # the decoder's stages, coarsest first
-        levels = list(zip(widths[1:], widths, self.strides[1:], kernels))[::-1]
+        levels = list(zip(widths[1:], widths, strides[1:], kernels))[::-1]
         self.ups = nn.ModuleList([nn.ConvTranspose3d(below, width, stride, stride) for below, width, stride, _ in levels])
         self.decoder = nn.ModuleList([stage(2 * width, width, kernel) for _, width, _, kernel in levels])
         heads = levels if deep_supervision else levels[-1:]
@@ -379,15 +383,9 @@ class PlainUNet(Baseline):
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput | Supervised:
         features, heads = self.features(x), self.heads[::-1]
         if not (self.training and self.deep_supervision):
-            return self.output(heads[0](features[0]))
+            return split(heads[0](features[0]), self.preset)
         weights = deep_supervision_weights(len(features))
-        return Supervised(tuple((w, self.output(head(f))) for w, head, f in zip(weights, heads, features)))
-
-    def output(self, logits: Tensor) -> MirrorOutput | BrainOutput:
-        return split(logits, self.preset)
-
-    def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
-        check_multiples(shape, channels, [prod(s) for s in zip(*self.strides)])
+        return Supervised(tuple((w, split(head(f), self.preset)) for w, head, f in zip(weights, heads, features)))
 
 
 def deep_supervision_weights(outputs: int) -> list[float]:
@@ -399,19 +397,6 @@ def deep_supervision_weights(outputs: int) -> list[float]:
 def split(logits: Tensor, preset: str) -> MirrorOutput | BrainOutput:
     """(B, 2, D, H, W) -> MirrorOutput; brain: (B, 6, D, H, W) -> three segmentations of two classes."""
     return BrainOutput(*logits.split(2, dim=1)) if preset == "brain" else MirrorOutput(seg=logits)
-
-
-def check_multiples(shape: tuple[int, ...], channels: int, multiples: list[int], values: int = 2) -> None:
-    """Refuse, in a sentence, a shape (B, C, D, H, W) whose sides the network's strides do not divide: ValueError."""
-    if len(shape) != 5 or shape[1] != channels:
-        raise ValueError(f"expected (B, {channels}, D, H, W), got {tuple(shape)}")
-    size = tuple(shape[2:])
-    if any(s % m or s == 0 for s, m in zip(size, multiples)):
-        fit = tuple(max(m, m * round(s / m)) for s, m in zip(size, multiples))
-        raise ValueError(f"size {size}: this network's strides need multiples of {tuple(multiples)}; use {fit}, for example")
-    if prod(s // m for s, m in zip(size, multiples)) < values:
-        fit = tuple(2 * m for m in multiples)
-        raise ValueError(f"size {size}: instance norm has one value a channel at the bottleneck; use {fit} or more")
 
 
 # --------------------------------------------------------------------------------------------------------------- SegResNet
@@ -441,6 +426,8 @@ class SegResNet(Baseline):
     16 c1 (the publication's 32 to 256 at c1 = 16). Without its variational autoencoder, as MONAI's SegResNet, and without its dropout.
     """
 
+    norm, multiples = "group", (8, 8, 8)
+
     def __init__(self, width: int, preset="petct"):
         super().__init__()
         self.preset = preset
@@ -465,9 +452,6 @@ class SegResNet(Baseline):
             x = stage(F.interpolate(up(x), scale_factor=2, mode="trilinear") + skip)
         return split(self.last(F.relu(self.norm_last(x))), self.preset)
 
-    def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
-        check_multiples(shape, channels, [8, 8, 8], values=1)
-
 
 # -------------------------------------------------------------------------------------------------------------- which is which
 NAMES = {
@@ -475,6 +459,7 @@ NAMES = {
     "brain": ("v2-rec", "nnunet", "segresnet"),
 }
 ALL = (*NAMES["petct"], "v2-rec (brain)")
+FUSION = {"mf": MidFusion, "lf": LateFusion, "valindria": Valindria, "multitask": MultiTask}
 
 
 def version_of(name: str, tasks: str) -> str:
@@ -492,30 +477,20 @@ def build(name, preset="petct", channels=(16, 32, 64, 128, 256), norm="instance"
         raise ValueError(f"no version {name!r} with preset {preset!r}; there are {', '.join((*VERSIONS[preset], *NAMES[preset]))}")
     if len(channels) != 5:
         raise ValueError(f"channels={tuple(channels)}: give five widths, those of levels 1 to 5")
-    channels = tuple(channels)
-    doubled = [2 * c for c in channels]
-    match name:
-        case "ct" | "pet":
-            return Unimodal(name, channels, norm)
-        case "ef":
-            return EarlyFusion(channels, norm)
-        case "mf":
-            return MidFusion(channels, norm)
-        case "lf":
-            return LateFusion(channels, norm)
-        case "valindria":
-            return Valindria(channels, norm)
-        case "multitask":
-            return MultiTask(channels, norm)
-        case "joint":
-            return Joint(channels, norm, tasks, skips)
-        case "v2-rec":
-            return BrainRec(share, channels, norm)
-        case "nnunet":
-            strides, kernels = plan(patch, spacing)
-            widths = [min(2 * channels[0] * 2**i, 20 * channels[0]) for i in range(len(strides))]
-            return PlainUNet(strides, kernels, widths, preset, deep_supervision=True)
-        case "blackbean":
-            return PlainUNet([(1, 1, 1)] + 4 * [(2, 2, 2)], 5 * [(3, 3, 3)], doubled, preset)
-        case "segresnet":
-            return SegResNet(2 * channels[0], preset)
+    if name in ("ct", "pet", "ef"):
+        return OneUNet(("ct", "pet") if name == "ef" else (name,), channels, norm)
+    if name in FUSION:
+        return FUSION[name](channels, norm)
+    if name == "joint":
+        return Joint(channels, norm, tasks, skips)
+    if name == "v2-rec":
+        return BrainRec(share, channels, norm)
+    if name == "segresnet":
+        return SegResNet(2 * channels[0], preset)
+    if name == "blackbean":
+        return PlainUNet([(1, 1, 1)] + 4 * [(2, 2, 2)], 5 * [(3, 3, 3)], [2 * c for c in channels], preset)
+    strides, kernels = plan(patch, spacing)  # nnunet
+    if len(strides) < 2:
+        raise ValueError(f"patch {tuple(patch)}: nnU-Net would plan no down-sampling at all; use 16 or more on a side")
+    widths = [min(2 * channels[0] * 2**i, 20 * channels[0]) for i in range(len(strides))]
+    return PlainUNet(strides, kernels, widths, preset, deep_supervision=True)
