@@ -31,6 +31,7 @@ bench: install
 	$(PY) benchmarks/budget.py
 	$(PY) benchmarks/kernels.py
 	$(PY) benchmarks/prediction.py
+	$(PY) benchmarks/systems.py
 
 lint: install
 	$(PY) -m ruff check .

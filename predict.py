@@ -299,11 +299,11 @@ def predict_study(models: list[tuple], case: Case, out: Path, device="cpu", prob
     """
     configs = [c | (options or {}) for _, c in models]
     c, brain = configs[0], kind_of(configs[0]["data"]) == "brain"
-    ct, like = any("ct" in reads(model) for model, _ in models), read_header(case.images[-1])
+    ct, like = [d["model"] for model, d in models if "ct" in reads(model)], read_header(case.images[-1])
     if not brain and case.images[0]:
         same_grid(read_header(case.images[0]), like, *case.images)
     if ct and None in case.images:
-        raise UserError(f"{case.name}: {c['model']} needs CT and PET, and the CT is missing; v1, v2, v3 and pet segment from PET alone")
+        raise UserError(f"{case.name}: {ct[0]} needs CT and PET, and the CT is missing; v1, v2, v3 and pet segment from PET alone")
     image, affine, box = load_images(case if ct else replace(case, images=(None, case.images[-1])), recipe_of(c))
     x, prob, scores = torch.from_numpy(image).to(device), 0, []
     for (model, _), d in zip(models, configs):

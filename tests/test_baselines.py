@@ -21,12 +21,7 @@ from losses import MirrorLoss, dice_ce, l2
 from mirror_unet import Branch, MirrorOutput, MirrorUNet
 
 TINY = (2, 3, 4, 5, 6)
-JOINTS = [
-    {"tasks": "none", "skips": "both"},
-    {"tasks": "v1", "skips": "pet"},
-    {"tasks": "v2", "skips": "both"},
-    {"tasks": "v3", "skips": "pet"},
-]
+JOINTS = [{"tasks": "none", "skips": "both"}, {"tasks": "v3", "skips": "pet"}]
 ROWS = [(kind, name, options) for kind, names in NAMES.items() for name in names for options in (JOINTS if name == "joint" else [{}])]
 IDS = ["-".join([kind, name, *options.values()]) for kind, name, options in ROWS]
 every = pytest.mark.parametrize("kind,name,options", ROWS, ids=IDS)
@@ -159,17 +154,18 @@ def test_reads_what_it_says(name):
     assert net.reads == {"ct": ("ct",), "pet": ("pet",)}.get(name, ("ct", "pet"))
 
 
-@pytest.mark.parametrize("options", JOINTS, ids=lambda o: "-".join(o.values()))
-def test_joint_hears_ct_through_the_bottleneck_whatever_its_tasks_and_skips(options):
+@pytest.mark.parametrize("skips", ["pet", "both"])
+@pytest.mark.parametrize("tasks", ["none", "v1", "v2", "v3"])
+def test_joint_hears_ct_through_the_bottleneck_whatever_its_tasks_and_skips(tasks, skips):
     """Unlike v1-v3. And with skips from PET alone, CT is heard nowhere else: without the bottleneck it is silent."""
-    net = tiny("joint", **options).eval()
+    net = tiny("joint", tasks=tasks, skips=skips).eval()
     x = torch.randn(1, 2, 32, 32, 32)
     other = torch.cat([torch.randn(1, 1, 32, 32, 32), x[:, 1:]], dim=1)
     with torch.no_grad():
         assert not torch.equal(net(x).seg, net(other).seg)
         nn.init.zeros_(net.bottleneck.units[0].conv.weight)
         nn.init.zeros_(net.bottleneck.shortcut.weight)
-        assert torch.equal(net(x).seg, net(other).seg) == (options["skips"] == "pet")
+        assert torch.equal(net(x).seg, net(other).seg) == (skips == "pet")
 
 
 def test_predict_asks_for_the_file_that_is_missing(studies, tmp_path):
