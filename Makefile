@@ -31,6 +31,7 @@ bench: install
 	$(PY) benchmarks/budget.py
 	$(PY) benchmarks/kernels.py
 	$(PY) benchmarks/prediction.py
+	$(PY) benchmarks/systems.py
 
 # Runs every notebook of tutorials/ from its source and keeps the outputs; ARGS="--check" only checks, ARGS="02" runs one
 tutorials: install

@@ -147,12 +147,12 @@ class UpLayer(nn.Module):
 class Branch(nn.Module):
     """One U-Net of the pair: nine levels, numbered as in the paper. `levels[n - 1]` is level n."""
 
-    def __init__(self, out_channels: int, channels: tuple[int, ...], norm: str):
+    def __init__(self, out_channels: int, channels: tuple[int, ...], norm: str, inputs: int = 1):
         super().__init__()
         c1, c2, c3, c4, c5 = channels
         self.levels = nn.ModuleList(
             [
-                ResidualUnit(1, c1, norm, stride=2),  # 1: (1, D, H, W) -> (c1, D/2, H/2, W/2)
+                ResidualUnit(inputs, c1, norm, stride=2),  # 1: (inputs, D, H, W) -> (c1, D/2, H/2, W/2)
                 ResidualUnit(c1, c2, norm, stride=2),  # 2: -> (c2, D/4, H/4, W/4)
                 ResidualUnit(c2, c3, norm, stride=2),  # 3: -> (c3, D/8, H/8, W/8)
                 ResidualUnit(c3, c4, norm, stride=2),  # 4: -> (c4, D/16, H/16, W/16)
@@ -165,7 +165,7 @@ class Branch(nn.Module):
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 1, D, H, W) -> bottleneck (B, c5, D/16, H/16, W/16) and the four skips, finest first."""
+        """(B, inputs, D, H, W) -> bottleneck (B, c5, D/16, H/16, W/16) and the four skips, finest first."""
         skips = []
         for down in self.levels[:4]:
             x = down(x)
@@ -181,11 +181,11 @@ class Branch(nn.Module):
 
 
 class LightDecoder(nn.Sequential):
-    """The bottleneck's own decoder: four up layers without skips, (B, 2 c5, D/16, ...) -> (B, out, D, H, W)."""
+    """The bottleneck's own decoder: four up layers without skips, (B, inputs or 2 c5, D/16, ...) -> (B, out, D, H, W)."""
 
-    def __init__(self, out_channels: int, channels: tuple[int, ...], norm: str):
+    def __init__(self, out_channels: int, channels: tuple[int, ...], norm: str, inputs: int | None = None):
         c1, c2, c3, _, c5 = channels
-        widths = [2 * c5, c3, c2, c1, out_channels]  # coarsest first
+        widths = [inputs or 2 * c5, c3, c2, c1, out_channels]  # coarsest first
         super().__init__(*[UpLayer(i, o, norm) for i, o in zip(widths, widths[1:])])  # the last keeps norm and PReLU
 
 
@@ -234,8 +234,8 @@ class MirrorUNet(nn.Module):
             raise ValueError(f"norm={norm!r}: use 'instance' or 'batch'")
         if len(channels) != 5:
             raise ValueError(f"channels={tuple(channels)}: give five widths, those of levels 1 to 5")
-        self.version, self.preset, self.norm = version, preset, norm
-        self.share, self.channels = tuple(sorted(share)), tuple(channels)
+        self.version, self.preset, self.norm, self.share, self.channels = version, preset, norm, tuple(sorted(share)), tuple(channels)
+        self.reads = ("ct", "pet") if version == "v4" or preset == "brain" else ("pet",)  # the modalities that a segmentation takes
         self.ct = Branch(2 if preset == "brain" or version == "v4" else 1, self.channels, norm)
         self.pet = Branch(2, self.channels, norm)
         for level in self.share:  # the whole idea of sharing: one module object, two places
@@ -264,15 +264,16 @@ class MirrorUNet(nn.Module):
         tumor = self.classifier(pet_deep) if self.version == "v3" else None
         return MirrorOutput(seg=pet, ct=ct, pet=deep, tumor=tumor)
 
-    def segment(self, pet: Tensor) -> MirrorOutput:
-        """What v1-v3 know of the tumour from PET alone, (B, 1, D, H, W): `seg` and, in v3, `tumor`, at half of forward's cost.
-
-        Equal to forward's, bit for bit, whatever the CT. v4 and the brain preset read both modalities: ValueError.
+    def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
+        """What is known of the tumour, from no more than that takes. v1-v3: `seg` and, in v3, `tumor`, from PET alone, (B, 1, D, H, W),
+        at half of forward's cost and equal to forward's, bit for bit, whatever the CT. v4, brain: forward's; ValueError for PET alone.
         """
-        if self.version == "v4" or self.preset == "brain":
-            raise ValueError(f"{self.preset} {self.version} reads both modalities: call the model itself with both")
-        self.check_input(pet.shape, channels=1)
-        deep, skips = self.pet.encode(pet)
+        if len(self.reads) == 2:
+            if x.shape[1] == 1:
+                raise ValueError(f"{self.preset} {self.version} reads both modalities: give x with both, (B, 2, D, H, W)")
+            return self(x)
+        self.check_input(x.shape, channels=1)
+        deep, skips = self.pet.encode(x)
         return MirrorOutput(seg=self.pet.decode(deep, skips), tumor=self.classifier(deep) if self.version == "v3" else None)
 
     def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
@@ -383,5 +384,4 @@ def from_official(state_dict: dict[str, Tensor], preset: str | None = None, ct_w
     for ours, official in names.items():
         used.setdefault(official, []).append(ours)
     left = [] if ct_weight == "learnable" and version == "v4" else sorted(set(state) - set(used))
-    report = dict(version=version, preset=preset, share=share, channels=channels, used=used, left_over=left)
-    return net.eval(), report
+    return net.eval(), dict(version=version, preset=preset, share=share, channels=channels, used=used, left_over=left)

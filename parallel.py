@@ -146,5 +146,7 @@ def distribute(net: nn.Module, device: torch.device) -> nn.Module:
                 setattr(parent, name, joined)
             elif type(child) is nn.Dropout:
                 setattr(parent, name, JoinedDropout(child.p))
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ids, partial = [device.index] if device.type == "cuda" else None, getattr(net, "partial", False)
+    # partial: a step leaves some parameters without a gradient, in all processes alike
+    options = dict(broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=partial)
+    return nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)

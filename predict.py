@@ -27,12 +27,13 @@ from nibabel.processing import resample_from_to
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import figures
 import kernels
 from data import CachedCase, Case, Recipe, find_brain, find_petct, label_to_grid, load_images, read_label
 from files import CannotWrite, UserError, program, read_header, same_grid, whole
 from metrics import case_metrics, print_table, write_table
-from mirror_unet import BrainOutput, MirrorUNet
+from mirror_unet import VERSIONS, BrainOutput, MirrorUNet
 
 TARGETS = {"petct": ("seg",), "brain": ("core", "whole", "edema")}
 
@@ -89,17 +90,17 @@ def sliding_window(image: Tensor, predict: Callable[[Tensor], Tensor], size, ove
     return total.div_(norm)[(slice(None), *inner)]
 
 
-def needs_both(model: torch.nn.Module) -> bool:
-    """Whether a segmentation by this network takes both modalities; a Mirror U-Net v1-v3 takes PET alone."""
-    return not isinstance(model, MirrorUNet) or model.preset == "brain" or model.version == "v4"
+def reads(model: torch.nn.Module) -> tuple[str, ...]:
+    """The modalities that a segmentation by this network takes: a Mirror U-Net v1-v3 takes PET alone."""
+    return getattr(model, "reads", ("ct", "pet"))
 
 
 def foreground_probability(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(B, 2, D, H, W) -> probabilities (B, K, D, H, W) of the K targets, and the probability of a tumour (B,) where there is one.
 
-    A Mirror U-Net v1-v3 runs only its PET branch: its segmentation does not depend on CT, and x may be PET alone, (B, 1, D, H, W).
+    No more is computed than that takes: a Mirror U-Net v1-v3 runs only its PET branch, and x may be PET alone, (B, 1, D, H, W).
     """
-    out = model(x) if needs_both(model) else model.segment(x[:, -1:])
+    out = getattr(model, "segment", model)(x[:, -1:] if reads(model) == ("pet",) else x)
     logits = [t for t in (out.core, out.whole, out.edema) if t is not None] if isinstance(out, BrainOutput) else [out.seg]
     prob = torch.cat([t.float().softmax(1)[:, 1:2] for t in logits], dim=1)
     tumor = None if isinstance(out, BrainOutput) or out.tumor is None else out.tumor.float().sigmoid()
@@ -150,8 +151,8 @@ def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=()
 
 
 def reconstructions(model, image: Tensor, size, overlap=0.5, batch=2) -> dict[str, np.ndarray]:
-    """What a Mirror U-Net v1-v3 reconstructs of a clean study (2, D, H, W): {"CT": (D, H, W)}, in v2 and v3 also "PET"; else {}."""
-    if needs_both(model):
+    """What a network with v1-v3's tasks reconstructs of a clean study (2, D, H, W): {"CT": (D, H, W)}, in v2, v3 also "PET"; else {}."""
+    if model.version == "v4" or model.preset == "brain":
         return {}
 
     def predict(x: Tensor) -> Tensor:
@@ -220,8 +221,8 @@ def kind_of(source: str) -> str:
 
 
 def targets_of(c: dict) -> tuple[str, ...]:
-    """The names of the maps that `foreground_probability` returns, in its order: the brain's v1 has no whole tumour."""
-    return tuple(t for t in TARGETS[kind_of(c["data"])] if not (t == "whole" and c["model"] == "v1"))
+    """The names of the maps that `foreground_probability` returns, in its order: the brain's v1, v2-rec have no whole tumour."""
+    return tuple(t for t in TARGETS[kind_of(c["data"])] if not (t == "whole" and c["model"] in ("v1", "v2-rec")))
 
 
 def recipe_of(c: dict) -> Recipe:
@@ -231,14 +232,18 @@ def recipe_of(c: dict) -> Recipe:
     return Recipe("petct", tuple(c["spacing"]), "LAS", tuple(c["ct_window"]), tuple(c["suv_window"]))
 
 
-def model_of(c: dict) -> MirrorUNet:
+def model_of(c: dict) -> torch.nn.Module:
     """The network that a config names, freshly initialised. Raises ValueError where there is no such network."""
-    weight = c["ct_weight"] if c["ct_weight"] == "learnable" else float(c["ct_weight"])
-    return MirrorUNet(c["model"], c["share"], c["channels"], c["norm"], kind_of(c["data"]), weight)
+    name, kind = c["model"], kind_of(c["data"])
+    if name in VERSIONS[kind]:
+        weight = c["ct_weight"] if c["ct_weight"] == "learnable" else float(c["ct_weight"])
+        return MirrorUNet(name, c["share"], c["channels"], c["norm"], kind, weight)
+    more = {key: c[key] for key in ("tasks", "skips") if key in c}  # not in the config of an old checkpoint
+    return baselines.build(name, kind, c["channels"], c["norm"], c["share"], patch=c["patch"], spacing=c["spacing"], **more)
 
 
 # --------------------------------------------------------------------------------------------------------- the program
-def load_model(path, device: str = "cpu") -> tuple[MirrorUNet, dict]:
+def load_model(path, device: str = "cpu") -> tuple[torch.nn.Module, dict]:
     """The network of a checkpoint, in eval mode, and its run's config. Raises UserError for anything that is no checkpoint of ours."""
     state = load_checkpoint(path, device)
     c = state["config"]
@@ -294,12 +299,12 @@ def predict_study(models: list[tuple], case: Case, out: Path, device="cpu", prob
     """
     configs = [c | (options or {}) for _, c in models]
     c, brain = configs[0], kind_of(configs[0]["data"]) == "brain"
-    both, like = any(needs_both(model) for model, _ in models), read_header(case.images[-1])
+    ct, like = [d["model"] for model, d in models if "ct" in reads(model)], read_header(case.images[-1])
     if not brain and case.images[0]:
         same_grid(read_header(case.images[0]), like, *case.images)
-    if both and None in case.images:
-        raise UserError(f"{case.name}: {c['model']} needs CT and PET, and the CT is missing (v1, v2 and v3 segment from PET alone)")
-    image, affine, box = load_images(case if both else replace(case, images=(None, case.images[-1])), recipe_of(c))
+    if ct and None in case.images:
+        raise UserError(f"{case.name}: {ct[0]} needs CT and PET, and the CT is missing; v1, v2, v3 and pet segment from PET alone")
+    image, affine, box = load_images(case if ct else replace(case, images=(None, case.images[-1])), recipe_of(c))
     x, prob, scores = torch.from_numpy(image).to(device), 0, []
     for (model, _), d in zip(models, configs):
         flip_axes, amp = d["flip_axes"] if d["flips"] else (), d["amp"] if torch.device(device).type == "cuda" else "off"
@@ -330,7 +335,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", nargs="+", required=True, help="best.pt of a run; several of one kind: an ensemble")
     add("--pet", type=Path, help="SUV.nii.gz")
-    add("--ct", type=Path, help="CTres.nii.gz on the PET's grid; v1, v2 and v3 do not need it")
+    add("--ct", type=Path, help="CTres.nii.gz on the PET's grid; v1, v2, v3 and pet do not need it")
     add("--image", type=Path, help="brain: four channels FLAIR, T1w, T1gd, T2w in one file")
     add("--t2w", type=Path, help="brain: T2w in a file of its own, with --flair")
     add("--flair", type=Path, help="brain: FLAIR in a file of its own, on T2w's grid")
@@ -349,6 +354,8 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     except ValueError as e:
         raise UserError(f"--kernels {a.kernels}: {e}") from None
     inputs = [p for p in (a.pet, a.ct, a.image, a.t2w, a.flair) if p]
+    if a.ct and not a.pet:
+        raise UserError("--ct without --pet: the mask is written on the PET's grid, also by a network that reads CT alone; give both")
     if bool(a.t2w) != bool(a.flair):
         raise UserError("--t2w and --flair go together: give both files, or one four-channel file with --image")
     if sum(map(bool, (a.pet, a.image, a.flair, a.root))) != 1:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import baselines
 import data
 import figures
 import kernels
@@ -40,7 +41,6 @@ import parallel
 import phantom
 from data import Augmentation
 from files import Interrupts, UserError, clean_parts, program, whole, writing
-from losses import MirrorLoss
 from metrics import mean_of, patient_metrics, print_table, write_table
 from predict import (
     autocast,
@@ -79,7 +79,7 @@ class Config:
     folds: int = opt(5, "number of folds made when there is no --splits")
     fold: int = opt(0, "the fold that is held out")
     # patches
-    patch: tuple[int, ...] = opt((96, 96, 96), "voxels, multiples of 16")
+    patch: tuple[int, ...] = opt((96, 96, 96), "voxels, multiples of 16; nnunet is planned for them")
     batch: int = opt(2, "patches a step; with torchrun: a process")
     per_case: int = opt(4, "patches in a row from one study")
     positive: float = opt(2 / 3, "probability of a patch centred on tumour")
@@ -90,18 +90,24 @@ class Config:
     intensity: float = opt(0.0, "probability of a gain and shift of up to 0.1, a channel")
     gamma: float = opt(0.0, "probability of an exponent between 1/2 and 2, a channel")
     # model
-    model: str = opt("v3", "v1 | v2 | v3 | v4")
+    model: str = opt("v3", "v1 | v2 | v3 | v4 | another system of the comparison: " + " | ".join(baselines.ALL))
+    tasks: str = opt("v1", "joint: the tasks of v1 | v2 | v3, or none beside segmentation")
+    skips: str = opt("pet", "joint: whose encoder's skips the segmentation takes, pet | both")
     share: tuple[int, ...] = opt((5,), "levels 3..7 whose weights both branches share; no number: none")
-    channels: tuple[int, ...] = opt((16, 32, 64, 128, 256), "widths of levels 1-5")
-    norm: str = opt("instance", "instance | batch")
+    channels: tuple[int, ...] = opt(
+        (16, 32, 64, 128, 256), "widths of levels 1-5; nnunet, blackbean and segresnet start at twice the first"
+    )
+    norm: str = opt("instance", "instance | batch, of every network but nnunet, blackbean and segresnet, which have their own")
     ct_weight: str = opt("0.1", "v4: weight of the CT logits, a number or 'learnable'")
     # self-supervision and loss
-    corrupt: str = opt("", "none | noise | shuffle, of the CT to be reconstructed; default shuffle where there is one (v1-v3)")
+    corrupt: str = opt(
+        "", "none | noise | shuffle, of the CT to be reconstructed; default shuffle where there is one (v1-v3, multitask, joint)"
+    )
     cube: int = opt(16, "side of a shuffled cube, voxels")
     cubes: int = opt(1, "shuffled cubes a patch")
     sigma: float = opt(0.3, "standard deviation of the noise, in units of the CT window")
-    lambda_seg: float = opt(0.5, "weight of Dice + CE in v1-v3")
-    lambda_rec: float = opt(1e-3, "weight of the reconstruction in v1-v3")
+    lambda_seg: float = opt(0.5, "weight of Dice + CE in v1-v3, multitask, joint")
+    lambda_rec: float = opt(1e-3, "weight of the reconstruction in v1-v3, multitask, joint, v2-rec")
     lambda_cls: float = opt(1e-2, "weight of the classification in v3")
     # optimisation
     steps: int = opt(10_000, "training steps")
@@ -161,7 +167,7 @@ PRESETS: dict[str, dict] = {
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Command line -> Config: defaults < preset (--resume: the run's own config) < options.
+    """Command line -> Config: defaults < preset < the model's own recipe (--resume: the run's own config in their place) < options.
 
     A --steps without --minutes lifts the preset's time limit.
     """
@@ -188,7 +194,7 @@ def parse_config(argv: list[str]) -> Config:
     if given.get("resume") and (path.exists() or set(given) <= {"out", "resume"}):
         base = read_config(path)
     elif preset in PRESETS:
-        base = PRESETS[preset]
+        base = PRESETS[preset] | baselines.RECIPES.get(given.get("model", PRESETS[preset].get("model", "")), {})
     else:
         raise UserError(f"--data {source}: use phantom, petct, brain or phantom-brain")
     if "steps" in given:
@@ -215,7 +221,8 @@ def check_config(c: Config) -> None:
     """Fill in what depends on the rest, and refuse what can't work, in a sentence that says what would."""
     choices = {
         "data": ("phantom", "petct", "brain", "phantom-brain"), "optimizer": ("adam", "adamw", "sgd"),
-        "norm": ("instance", "batch"), "schedule": ("cosine", "poly", "step", "constant"), "amp": ("off", "bf16", "fp16"),
+        "norm": ("instance", "batch"), "tasks": ("v1", "v2", "v3", "none"), "skips": ("pet", "both"),
+        "schedule": ("cosine", "poly", "step", "constant"), "amp": ("off", "bf16", "fp16"),
         "corrupt": ("", "none", "noise", "shuffle"), "device": ("auto", "cpu", "cuda"), "kernels": ("", *kernels.CHOICES),
     }  # fmt: skip
     for name, allowed in choices.items():
@@ -226,7 +233,9 @@ def check_config(c: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: give 1 or more")
     if not 0 <= c.overlap <= 0.9:
         raise UserError(f"--overlap {c.overlap}: give a share between 0 and 0.9")
-    reconstructs = c.kind == "petct" and c.model != "v4"
+    if c.model != "joint" and (c.tasks, c.skips) != ("v1", "pet"):
+        raise UserError(f"--tasks {c.tasks} --skips {c.skips}: these two are options of --model joint, not of {c.model}")
+    reconstructs = c.kind == "petct" and baselines.version_of(c.model, c.tasks) != "v4"
     if c.corrupt in ("noise", "shuffle") and not reconstructs:
         raise UserError(f"--corrupt {c.corrupt}: {c.kind} {c.model} reconstructs no CT; leave it out, or use v1, v2 or v3 on PET/CT")
     c.corrupt = c.corrupt or ("shuffle" if reconstructs else "none")
@@ -324,7 +333,7 @@ class Run:
         self.mean_state, self.net_state = ([p.detach() for p in tensors if p.is_floating_point()] for tensors in both)
         forward = parallel.distribute(self.net, self.device)
         self.forward = torch.compile(forward) if c.compile else forward
-        self.loss = MirrorLoss(c.model, c.kind, c.lambda_seg, c.lambda_rec, c.lambda_cls, sync=parallel.size() > 1)
+        self.loss = baselines.SystemLoss(self.net.version, c.kind, c.lambda_seg, c.lambda_rec, c.lambda_cls, sync=parallel.size() > 1)
         self.optimizer = build_optimizer(c, self.net)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self.step, self.seen, self.seconds, self.best = 0, 0, 0.0, -1.0  # seen: patches; seconds: spent on steps
@@ -358,8 +367,9 @@ class Run:
             say(f"{path}: none was written before the run was stopped; it starts from the beginning")
             return self.cut_log(0)
         state = load_checkpoint(path, self.device)
-        for name in ("data", "model", "share", "channels", "norm", "ct_weight", "optimizer"):
-            was, now = (tuple(v) if isinstance(v, list) else v for v in (state["config"].get(name), getattr(self.c, name)))
+        was_config = dataclasses.asdict(Config()) | state["config"]  # an old one lacks options that came later
+        for name in ("data", "model", "tasks", "skips", "share", "channels", "norm", "ct_weight", "optimizer"):
+            was, now = (tuple(v) if isinstance(v, list) else v for v in (was_config[name], getattr(self.c, name)))
             if was != now:
                 raise UserError(
                     f"{path}: of a run with --{name.replace('_', '-')} {was}, not {now}; leave that option out, or give another --out"
@@ -408,6 +418,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(hash((c.seed, self.step)) & 0x7FFFFFFF)  # dropout: a function of (seed, step)
+        self.net.turn = self.step % 2  # whose turn it is, where the modalities are trained in turns (valindria)
         with autocast(self.device.type, c.amp):
             out = self.forward(x)
         loss, parts = self.loss(out, batch)

@@ -9,6 +9,10 @@ import pytest
 import torch
 from conftest import DEVICE, ROOT
 
+import kernels
+from baselines import build
+from mirror_unet import MirrorUNet
+
 sys.path.append(str(ROOT / "benchmarks"))  # last: kernels.py is a name there, too
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -218,3 +222,50 @@ def test_kernel_times_are_written(tmp_path):
     assert {r["pass"] for r in rows} == {"fwd", "bwd", "full"} and {r["layout"] for r in rows} == {"NCDHW", "channels_last"}
     assert all(float(r["ms"]) > 0 and float(r["ratio"]) > 0 and r["torch"] and r["commit"] for r in rows)
     assert all(float(r["ratio"]) == 1 for r in rows if r["what"].startswith("ours"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ systems
+def test_the_table_of_systems_is_what_the_script_computes():
+    """Every row's name, and the numbers of a few; the Markdown table holds the same."""
+    import systems
+
+    with open(ROOT / "results" / "systems.csv") as f:
+        rows = list(csv.DictReader(f))
+    every = [(data, " ".join([name, *(f"--{k} {v}" for k, v in options.items())])) for data, name, options in systems.systems()]
+    assert [(r["data"], r["system"]) for r in rows] == every
+    kernels.use("plain")
+    try:
+        for i in (
+            0,
+            every.index(("petct", "joint --tasks v1 --skips both")),
+            every.index(("petct", "nnunet")),
+            every.index(("brain", "v2-rec")),
+        ):
+            assert {k: str(v) for k, v in systems.measure(*systems.systems()[i]).items()} == rows[i]
+    finally:
+        kernels.use()
+    assert systems.markdown([r | {"parameters": int(r["parameters"])} for r in rows]) in (ROOT / "results" / "README.md").read_text()
+
+
+def test_the_arithmetic_of_a_system_is_that_of_its_convolutions():
+    """Counted a second way: 2 x voxels x channels in x channels out x kernel of each convolution that runs."""
+    import systems
+
+    counted = []
+
+    def count(module, inputs, output):
+        grid = inputs[0] if isinstance(module, torch.nn.ConvTranspose3d) else output  # the grid on which the kernel is laid once a voxel
+        counted.append(2 * module.weight.numel() * grid[0, 0].numel())
+
+    for name, where in (("v1", "training GFLOPs"), ("mf", "training GFLOPs"), ("pet", "prediction GFLOPs")):
+        counted.clear()
+        net = MirrorUNet(name) if name == "v1" else build(name)
+        net = net.to("meta")
+        for m in net.modules():
+            if isinstance(m, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
+                m.register_forward_hook(count)
+        kernels.use("plain")
+        with torch.no_grad():
+            net(torch.empty(1, 2, 96, 96, 96, device="meta"))
+        kernels.use()
+        assert systems.measure("petct", name, {})[where] == round(sum(counted) / 1e9, 2)

@@ -2,11 +2,13 @@
 
 import re
 
+import torch
 from conftest import ROOT
 
 import predict
 import train
-from mirror_unet import MirrorUNet
+from baselines import NAMES
+from mirror_unet import VERSIONS, MirrorUNet
 
 TEXT = (ROOT / "README.md").read_text()
 
@@ -26,6 +28,19 @@ def test_parameter_counts_are_real():
     for brain, version, stated in rows:
         net = MirrorUNet(version, preset="brain" if brain else "petct")
         assert sum(p.numel() for p in net.parameters()) == int(stated.replace(",", "")), version
+
+
+def test_the_table_of_systems_names_every_system():
+    """And each can be trained with the command above the table, or the one for brain data below it."""
+    table = TEXT.split("## The systems of the comparison")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ((?:`[\w-]+` ?)+)\|", table, re.M)
+    named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted([*VERSIONS["petct"], *NAMES["petct"]])
+    assert all(f"`{name}`" in table.split("On brain data")[1] for name in (*VERSIONS["brain"], *NAMES["brain"]))
+    for kind in NAMES:
+        for name in (*VERSIONS[kind], *NAMES[kind]):
+            with torch.device("meta"):
+                train.build_model(train.parse_config(["--data", kind, "--root", "ROOT", "--model", name]))
 
 
 def test_commands_are_understood():
