@@ -174,7 +174,7 @@ def estimate(values: dict[tuple[str, str], float]) -> Estimate | None:
     for (case, seed), v in values.items():
         grid[cases.index(case), seeds.index(seed)] = v
     patients = [case.rpartition("__")[0] or case for case in cases]  # PATIENT__STUDY
-    return Estimate(float(np.nanmean(np.nanmean(grid, 1))), bootstrap_means(grid, patients), len(cases), len(set(patients)))
+    return Estimate(float(np.nanmean(grid)), bootstrap_means(grid, patients), len(cases), len(set(patients)))
 
 
 def difference(rows: list[dict], first: str, second: str, measure: str = "dice", target: str = "seg") -> Estimate | None:

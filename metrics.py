@@ -96,7 +96,8 @@ def bootstrap_means(values, groups=None, resamples: int = 10_000, seed: int = 0)
         groups: (N,) names; the cases of one name (a patient) are drawn together. Default: each case for itself.
         seed: of the draws; equal arguments give equal draws.
 
-    A column is drawn as cases are: a network that was lucky is so on all of them. With one column only cases are drawn.
+    A column is drawn as cases are: a network that was lucky is so on all of them. With one column only cases are drawn. A mean is NaN
+    where by chance no known value was drawn.
     """
     values = np.asarray(values, float).reshape(len(values), -1)
     _, group = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)

@@ -92,6 +92,8 @@ def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
     """The runs that are asked for, fold by fold. Prepares the data: phantoms are written, volumes preprocessed. Raises UserError."""
     runs = []
     chosen = experiments_for(a.claims, a.only, a.preset)
+    if not chosen:
+        raise UserError(f"--only {' '.join(a.only)}: not among the systems of claim {' '.join(map(str, a.claims))}; --list shows them")
     for kind in dict.fromkeys(e.data for e in chosen):
         source, common = source_of(kind, a)
         base = train.parse_config([*common, *extra])
@@ -265,7 +267,8 @@ def run_all(todo: list[Run], jobs: int, results: Path, lock: Path) -> list[str]:
                     del running[slot]
                     if process.returncode:
                         if not interrupts.asked:
-                            failed.append(f"{run.title}: {last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})")
+                            how = f"killed by signal {-process.returncode}; " if process.returncode < 0 else ""
+                            failed.append(f"{run.title}: {how}{last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})")
                             print(f"failed: {failed[-1]}", flush=True)
                         continue
                     mine = enter(run, results / f"{run.source}.csv", lock)
