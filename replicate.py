@@ -37,7 +37,7 @@ import torch
 import claims
 import data
 from claims import Experiment, experiments_for, read_rows
-from files import Interrupts, UserError, program, writing
+from files import Interrupts, UserError, clean_parts, program, writing
 from metrics import write_table
 from predict import evaluating, load_model, sliding_window
 
@@ -97,6 +97,7 @@ def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
     for kind in dict.fromkeys(e.data for e in chosen):
         source, common = source_of(kind, a)
         base = train.parse_config([*common, *extra])
+        print(f"{source}: finding and preparing the studies", flush=True)
         folds = splits_of(base)
         numbers = a.folds if a.folds is not None else [0] if source == "demo" else range(len(folds))
         study = digest(options_that_matter(dataclasses.replace(base, fold=0, seed=0)), folds)
@@ -167,10 +168,12 @@ def reconstruction_errors(folder: Path, c: train.Config) -> None:
 
     The corruption is the paper's, the same for every system whatever it was trained with. Networks that reconstruct no CT have no file.
     """
+    if c.kind != "petct":
+        return
     model, _ = load_model(folder / "last.pt", c.device)
     with evaluating(model):
         made = getattr(model(torch.zeros(1, 2, *c.patch, device=c.device)), "ct", None)
-    if c.kind != "petct" or made is None or made.shape[1] != 1:
+    if made is None or made.shape[1] != 1:  # v4's is a segmentation
         return
     rows = []
     for n, case in enumerate(train.load_cases(c)[1]):
@@ -334,6 +337,8 @@ def main(argv: list[str]) -> None:
         return show_list()
     sources, failed = ["petct", "demo", "phantom", "brain"], []
     if not a.report:
+        if a.results.is_dir():
+            clean_parts(a.results)
         runs = plan(a, extra)
         sources = list(dict.fromkeys(run.source for run in runs))
         done = {r["run"] for source in sources for r in read_rows(a.results / f"{source}.csv")}
@@ -348,6 +353,8 @@ def main(argv: list[str]) -> None:
     for source in sources:
         if path := claims.report(a.results, source):
             print(f"{path}: tables, verdicts and the figure")
+        elif a.report:
+            print(f"{a.results / source}.csv: not there")
     if failed:
         raise SystemExit(f"{len(failed)} of {len(todo)} runs failed:\n" + "\n".join(failed))
 

@@ -304,9 +304,9 @@ def test_the_report_on_made_up_results(tmp_path):
     assert "1.00, 1.00" in v3 and "0.050 [0.050, 0.050]" in v3
     assert "| v1 | v4 | Dice | 18 | 0.100 [0.100, 0.100] | seen |" in text
     assert "| v3 | v2 | Dice | 9 | 0.050 [0.050, 0.050] | can't be told at this scale |" in text  # six patients have both
-    assert "**Claim 1**: v4 < v1 < v2 < v3: **can't be told at this scale**\n" in text
-    assert "in FPV: **can't be told at this scale** (4 of 20 comparisons run)" in text
-    assert "Not run: claim 2 (" in text and "Claim 6" not in text
+    assert "| 1 | v4 < v1 < v2 < v3 | **can't be told at this scale** | 3 of 3 |" in text
+    assert "| 4 | every version beats them in FPV | **can't be told at this scale** | 4 of 20 |" in text
+    assert "Not run: claims 2, 3, 7, 8." in text and "| 6 |" not in text
 
 
 def test_results_that_may_not_be_compared_are_reported_apart(tmp_path):
@@ -325,4 +325,4 @@ def test_the_brains_targets_have_a_table_each(tmp_path):
     write_table([r for t in ("core", "edema") for r in read_rows(tmp_path / f"{t}.csv")], tmp_path / "brain.csv")
     text = claims.report(tmp_path, "brain").read_text()
     assert "**core**" in text and "**edema**" in text and (tmp_path / "brain_edema.png").exists()
-    assert "| v2 | v1 | Dice, core | 18 | 0.100" in text and "(2 of 8 comparisons run)" in text
+    assert "| v2 | v1 | Dice, core | 18 | 0.100" in text and "**can't be told at this scale** | 2 of 8 |" in text
