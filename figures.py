@@ -132,6 +132,26 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
         fig.savefig(part, dpi=110)
 
 
+def systems(rows: dict[str, dict[str, tuple[float, float, float] | None]], out: Path) -> None:
+    """A row a system, a panel a measure: {system: {measure: (mean, low, high)}}, None where it is unknown. A difference has a line at 0."""
+    measures = list(next(iter(rows.values())))
+    fig = Figure(figsize=(3.2 * len(measures) + 1.2, 0.3 * len(rows) + 1.1), layout="constrained")
+    axes = fig.subplots(1, len(measures), sharey=True, squeeze=False)
+    for axis, measure in zip(axes[0], measures):
+        for y, values in enumerate(rows.values()):
+            if values[measure]:
+                mean, low, high = values[measure]
+                axis.plot([low, high], [y, y], color="C0", lw=2, solid_capstyle="butt")
+                axis.plot(mean, y, "o", color="C0", ms=5)
+        if "difference" in measure:
+            axis.axvline(0, color="0.5", lw=0.8)
+        axis.set_title(measure, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
+    with whole(out) as part:
+        fig.savefig(part, dpi=110)
+
+
 def _legend(fig) -> None:
     marks = [Line2D([], [], color=TRUTH, label="truth"), Line2D([], [], color=PREDICTION, label="prediction")]
     fig.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8)

@@ -563,9 +563,10 @@ def summarise(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
 def code_version() -> dict[str, str]:
     """What wrote a checkpoint: the commit, or without git a hash of the sources; and PyTorch."""
     here = Path(__file__).parent
+    git = lambda *args, **more: subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, **more)  # noqa: E731
     try:
-        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-        code = git.stdout.strip()
+        code = git("describe", "--always", check=True).stdout.strip()
+        code += "-dirty" * (git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1)  # new results make no other code
     except (OSError, subprocess.CalledProcessError):
         code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]))).hexdigest()[:12]
     return {"code": code, "torch": str(torch.__version__)}
