@@ -192,7 +192,8 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
     sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
     for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
         t = room[0].view(y.shape).copy_(y)  # of int64 labels, half as much to look through
-        if t.min() < 0 or t.max() >= c:
+        low, high = t.aminmax()
+        if low < 0 or high >= c:
             low, high = (int(v) for v in y.aminmax())
             raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
         part = _two_class_sums(x, y, kept, room, weighted) if c == 2 else None
