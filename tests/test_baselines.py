@@ -49,7 +49,7 @@ def cube_batch(kind="petct") -> dict:
 def test_returns_what_a_mirror_unet_returns(kind, name, options):
     """Names, shapes and finiteness, at a size that is no cube; and `segment` equals `forward`."""
     net = tiny(name, kind, **options).eval()
-    x = torch.randn(2, 2, 32, 48, 64)
+    x = torch.randn(1, 2, 32, 32, 48)
     with torch.no_grad():
         out, seg = net(x), net.segment(x)
     classes = {"seg": 2, "core": 2, "whole": 2, "edema": 2, "image": 2}
@@ -61,7 +61,7 @@ def test_returns_what_a_mirror_unet_returns(kind, name, options):
     assert set(found) == names
     for k, t in found.items():
         channels = classes.get(k, 2 if name in ("lf", "valindria") else 1)
-        assert t.shape == ((2,) if k == "tumor" else (2, channels, 32, 48, 64)) and t.isfinite().all(), k
+        assert t.shape == ((1,) if k == "tumor" else (1, channels, 32, 32, 48)) and t.isfinite().all(), k
     for k, t in seg._asdict().items():
         assert t is None or torch.equal(t, found[k])
     assert net.version == version_of(name, options.get("tasks", "v1")) or kind == "brain"
@@ -70,9 +70,9 @@ def test_returns_what_a_mirror_unet_returns(kind, name, options):
 @every
 def test_learns_one_batch(kind, name, options):
     net, batch = tiny(name, kind, **options), cube_batch(kind)
-    loss, optimizer = SystemLoss(net.version, kind), torch.optim.Adam(net.parameters(), 0.01)
+    loss, optimizer = SystemLoss(net.version, kind), torch.optim.Adam(net.parameters(), 0.02)
     totals = []
-    for step in range(7):
+    for step in range(5):
         net.turn = step % 2
         total, parts = loss(net(batch["image"]), batch)
         optimizer.zero_grad()
@@ -80,7 +80,7 @@ def test_learns_one_batch(kind, name, options):
         optimizer.step()
         totals.append(total.item())
         assert all(v.isfinite() and not v.requires_grad for v in parts.values())
-    assert totals[6] < 0.9 * totals[0] and np.isfinite(totals).all()
+    assert totals[4] < 0.9 * totals[0] and np.isfinite(totals).all()
     unused = [n for n, p in net.named_parameters() if p.grad is None]
     assert not unused or net.partial, unused
 
