@@ -82,34 +82,20 @@ class Baseline(nn.Module):
     reads = ("ct", "pet")  # the modalities that a segmentation takes
     turn = 0  # the training step's number modulo 2, set by train.py: whose turn it is
     partial = False  # a step may leave parameters without a gradient: DDP has to look for them
-    preset, norm, multiples = "petct", "instance", (16, 16, 16)  # multiples: what the strides make of the sides
+    preset, norm, strides = "petct", "instance", (16, 16, 16)  # strides: of the whole way down
+    check_input = MirrorUNet.check_input
 
     def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
         """What is known of the tumour, and no more computed than that takes; x as `forward`'s, or PET alone if it `reads` no more."""
         return self(x)
 
-    def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
-        """Refuse, in a sentence, a shape (B, C, D, H, W) that would fail or mislead deep inside: ValueError."""
-        if len(shape) != 5 or shape[1] != channels:
-            raise ValueError(f"expected (B, {channels}, D, H, W), got {tuple(shape)}")
-        size, multiples = tuple(shape[2:]), tuple(self.multiples)
-        if any(s % m or s == 0 for s, m in zip(size, multiples)):
-            fit = tuple(max(m, m * round(s / m)) for s, m in zip(size, multiples))
-            raise ValueError(f"size {size}: this network's strides need multiples of {multiples}; use {fit}, for example")
-        values = prod(s // m for s, m in zip(size, multiples)) * (shape[0] if self.norm == "batch" else 1)
-        if values < 2 and self.norm != "group" and (self.norm == "instance" or self.training):
-            raise ValueError(
-                f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use {2 * max(multiples)} or more on a side"
-            )
-
 
 # ------------------------------------------------------------------------------ fusion, with the Mirror U-Net's own blocks
 class Encoder(nn.ModuleList):
-    """Levels 1-4 of a Branch: (B, inputs, D, H, W) -> the four feature maps, finest first."""
+    """Levels 1-4 of a Branch: (B, 1, D, H, W) -> the four feature maps, finest first."""
 
-    def __init__(self, inputs: int, channels: tuple[int, ...], norm: str):
-        widths = [inputs, *channels[:4]]
-        super().__init__([ResidualUnit(i, o, norm, stride=2) for i, o in zip(widths, widths[1:])])
+    def __init__(self, channels: tuple[int, ...], norm: str):
+        super().__init__([ResidualUnit(i, o, norm, stride=2) for i, o in zip((1, *channels), channels[:4])])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -160,7 +146,7 @@ class MidFusion(Baseline):
     def __init__(self, channels, norm):
         super().__init__()
         self.norm = norm
-        self.ct, self.pet = Encoder(1, channels, norm), Encoder(1, channels, norm)
+        self.ct, self.pet = Encoder(channels, norm), Encoder(channels, norm)
         self.ct_bottleneck, self.pet_bottleneck = ResidualUnit(*channels[3:], norm), ResidualUnit(*channels[3:], norm)
         self.decoder = Decoder(2, channels, norm, deep=2 * channels[4], encoders=2)
 
@@ -255,7 +241,7 @@ class Joint(Baseline):
         super().__init__()
         self.version, self.norm, self.skips = "v4" if tasks == "none" else tasks, norm, skips
         c4, c5 = channels[3:]
-        self.ct, self.pet = Encoder(1, channels, norm), Encoder(1, channels, norm)
+        self.ct, self.pet = Encoder(channels, norm), Encoder(channels, norm)
         self.bottleneck = ResidualUnit(2 * c4, c5, norm)
         self.pet_decoder = Decoder(2, channels, norm, deep=c5, encoders=2 if skips == "both" else 1)
         if self.version != "v4":
@@ -349,7 +335,7 @@ class PlainUNet(Baseline):
     def __init__(self, strides, kernels, widths, preset="petct", deep_supervision=False):
         super().__init__()
         self.preset, self.partial, self.deep_supervision = preset, deep_supervision, deep_supervision
-        self.multiples = tuple(prod(s) for s in zip(*strides))
+        self.strides = tuple(prod(s) for s in zip(*strides))
         out = 6 if preset == "brain" else 2
 
         def stage(inputs, width, kernel, stride=(1, 1, 1)):
@@ -426,7 +412,7 @@ class SegResNet(Baseline):
     16 c1 (the publication's 32 to 256 at c1 = 16). Without its variational autoencoder, as MONAI's SegResNet, and without its dropout.
     """
 
-    norm, multiples = "group", (8, 8, 8)
+    norm, strides = "group", (8, 8, 8)
 
     def __init__(self, width: int, preset="petct"):
         super().__init__()
@@ -475,6 +461,8 @@ def build(name, preset="petct", channels=(16, 32, 64, 128, 256), norm="instance"
     """
     if name not in NAMES[preset]:
         raise ValueError(f"no version {name!r} with preset {preset!r}; there are {', '.join((*VERSIONS[preset], *NAMES[preset]))}")
+    if norm not in ("instance", "batch") or tasks not in ("v1", "v2", "v3", "none") or skips not in ("pet", "both"):
+        raise ValueError(f"norm={norm!r}, tasks={tasks!r}, skips={skips!r}: use instance or batch; v1, v2, v3 or none; pet or both")
     if len(channels) != 5:
         raise ValueError(f"channels={tuple(channels)}: give five widths, those of levels 1 to 5")
     if name in ("ct", "pet", "ef"):

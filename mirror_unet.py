@@ -280,13 +280,13 @@ class MirrorUNet(nn.Module):
         """Refuse, in a sentence, a shape (B, C, D, H, W) that would fail or mislead deep inside: ValueError."""
         if len(shape) != 5 or shape[1] != channels:
             raise ValueError(f"expected (B, {channels}, D, H, W), got {tuple(shape)}")
-        size = tuple(shape[2:])
-        if any(s % 16 or s == 0 for s in size):
-            fit = tuple(max(16, 16 * round(s / 16)) for s in size)
-            raise ValueError(f"size {size}: four strides of 2 need multiples of 16; use {fit}, for example")
-        values = prod([s // 16 for s in size]) * (shape[0] if self.norm == "batch" else 1)
+        size, strides = tuple(shape[2:]), getattr(self, "strides", (16, 16, 16))  # of baselines.py's networks: others
+        if any(s % m or s == 0 for s, m in zip(size, strides)):
+            fit = tuple(max(m, m * round(s / m)) for s, m in zip(size, strides))
+            raise ValueError(f"size {size}: the strides need multiples of {' x '.join(map(str, strides))}; use {fit}, for example")
+        values = prod([s // m for s, m in zip(size, strides)]) * (shape[0] if self.norm == "batch" else 1)
         if values < 2 and (self.norm == "instance" or self.training):
-            raise ValueError(f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use 32 or more on a side")
+            raise ValueError(f"size {size}: {self.norm} norm has one value a channel at the bottleneck; use {2 * max(strides)} or more")
 
 
 # --------------------------------------------------------------------------------------------------- the official weights

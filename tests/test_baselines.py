@@ -49,7 +49,7 @@ def cube_batch(kind="petct") -> dict:
 def test_returns_what_a_mirror_unet_returns(kind, name, options):
     """Names, shapes and finiteness, at a size that is no cube; and `segment` equals `forward`."""
     net = tiny(name, kind, **options).eval()
-    x = torch.randn(2, 2, 32, 48, 64)
+    x = torch.randn(1, 2, 32, 32, 48)
     with torch.no_grad():
         out, seg = net(x), net.segment(x)
     classes = {"seg": 2, "core": 2, "whole": 2, "edema": 2, "image": 2}
@@ -61,7 +61,7 @@ def test_returns_what_a_mirror_unet_returns(kind, name, options):
     assert set(found) == names
     for k, t in found.items():
         channels = classes.get(k, 2 if name in ("lf", "valindria") else 1)
-        assert t.shape == ((2,) if k == "tumor" else (2, channels, 32, 48, 64)) and t.isfinite().all(), k
+        assert t.shape == ((1,) if k == "tumor" else (1, channels, 32, 32, 48)) and t.isfinite().all(), k
     for k, t in seg._asdict().items():
         assert t is None or torch.equal(t, found[k])
     assert net.version == version_of(name, options.get("tasks", "v1")) or kind == "brain"
@@ -70,9 +70,9 @@ def test_returns_what_a_mirror_unet_returns(kind, name, options):
 @every
 def test_learns_one_batch(kind, name, options):
     net, batch = tiny(name, kind, **options), cube_batch(kind)
-    loss, optimizer = SystemLoss(net.version, kind), torch.optim.Adam(net.parameters(), 0.01)
+    loss, optimizer = SystemLoss(net.version, kind), torch.optim.Adam(net.parameters(), 0.02)
     totals = []
-    for step in range(7):
+    for step in range(5):
         net.turn = step % 2
         total, parts = loss(net(batch["image"]), batch)
         optimizer.zero_grad()
@@ -80,7 +80,7 @@ def test_learns_one_batch(kind, name, options):
         optimizer.step()
         totals.append(total.item())
         assert all(v.isfinite() and not v.requires_grad for v in parts.values())
-    assert totals[6] < 0.9 * totals[0] and np.isfinite(totals).all()
+    assert totals[4] < 0.9 * totals[0] and np.isfinite(totals).all()
     unused = [n for n, p in net.named_parameters() if p.grad is None]
     assert not unused or net.partial, unused
 
@@ -297,7 +297,7 @@ def test_nnunet_has_the_plans_widths_and_recipe():
     with torch.device("meta"):
         net = build("nnunet", patch=(128, 128, 128), spacing=(1, 1, 1))
     assert [stage[0].conv.out_channels for stage in net.encoder] == [32, 64, 128, 256, 320, 320]
-    assert net.multiples == (32, 32, 32) and [h.out_channels for h in net.heads] == [2] * 5
+    assert net.strides == (32, 32, 32) and [h.out_channels for h in net.heads] == [2] * 5
     c = train.parse_config(["--data", "petct", "--root", "x", "--model", "nnunet"])
     assert (c.optimizer, c.lr, c.weight_decay, c.schedule, c.flips, c.corrupt) == ("sgd", 1e-2, 3e-5, "poly", True, "none")
     assert train.learning_rate(c, 0.5) == pytest.approx(0.01 * 0.5**0.9)
@@ -334,10 +334,10 @@ def test_labels_at_a_coarser_size_are_the_nearest_ones(size):
         ("--model vnet", "no version 'vnet'.*joint, nnunet, blackbean, segresnet"),
         ("--model v2-rec", "no version 'v2-rec' with preset 'petct'"),
         ("--data brain --root x --model ef", "with preset 'brain'; there are v1, v2, v2-rec, nnunet, segresnet"),
-        ("--model mf --patch 40 48 48", r"multiples of \(16, 16, 16\); use \(32, 48, 48\)"),
-        ("--model pet --patch 16 16 16", "one value a channel"),
-        ("--model segresnet --patch 20 16 16", r"multiples of \(8, 8, 8\)"),
-        ("--model nnunet --patch 50 48 48", r"multiples of \(8, 8, 8\); use \(48, 48, 48\)"),
+        ("--model mf --patch 40 48 48", r"multiples of 16 x 16 x 16; use \(32, 48, 48\)"),
+        ("--model pet --patch 16 16 16", "one value a channel at the bottleneck; use 32 or more"),
+        ("--model segresnet --patch 20 16 16", r"multiples of 8 x 8 x 8; use \(16, 16, 16\)"),
+        ("--model nnunet --patch 50 48 48", r"multiples of 8 x 8 x 8; use \(48, 48, 48\)"),
         ("--model nnunet --patch 6 6 6", "no down-sampling"),
         ("--model ef --channels 8 16", "five widths"),
         ("--model joint --tasks v4", "use one of v1, v2, v3, none"),
@@ -496,3 +496,16 @@ def test_the_deep_supervision_weights_are_nnunets():
     loss = nnUNetTrainer._build_loss(Trainer())
     theirs = list(loss.weight_factors)
     assert theirs[-1] == 0 and deep_supervision_weights(5) == pytest.approx(theirs[:-1]), inspect.getsource(nnUNetTrainer._build_loss)
+
+
+# --------------------------------------------------------------------------------------------------------------- the compiler
+@pytest.mark.slow
+@every
+def test_compiles_without_a_graph_break(kind, name, options):
+    net, x = tiny(name, kind, **options), torch.randn(2, 2, 32, 32, 32)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for net.turn in (0, 1):
+        torch.manual_seed(0)
+        a = compiled(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(a, net(x))

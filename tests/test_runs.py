@@ -203,7 +203,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- several processes
-@pytest.mark.parametrize("model", ["v2", "v3", pytest.param("v4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["v2", "v3", *(pytest.param(m, marks=pytest.mark.slow) for m in ("v4", "valindria", "nnunet"))])
 def test_two_processes_equal_one_with_the_doubled_batch(studies, tmp_path, model):
     """Losses within 1e-5 at every step, the same validation, one log; v3 has a batch norm and a dropout in its classifier."""
     _, args = studies
