@@ -201,7 +201,7 @@ def test_the_reconstruction_error_is_that_of_the_held_out_ct(tmp_path, monkeypat
 
 # --------------------------------------------------------------------------------------------- real runs, killed and taken up
 def tiny(folder: Path, steps: int) -> subprocess.Popen:
-    args = ["--claims", "1", "--only", "v2", "v3", "--jobs", "2", "--", *TINY, "--steps", str(steps), "--checkpoint-minutes", "0"]
+    args = ["--claims", "1", "--only", "v2", "v3", "--jobs", "2", "--", *TINY, "--steps", str(steps), "--checkpoint-minutes", "0.01"]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "replicate.py"), *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
