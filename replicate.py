@@ -90,7 +90,7 @@ def options_that_matter(c: train.Config) -> dict:
 
 def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
     """The runs that are asked for, fold by fold. Prepares the data: phantoms are written, volumes preprocessed. Raises UserError."""
-    runs = []
+    runs: dict[str, Run] = {}  # by key: what serves two claims is run once
     chosen = experiments_for(a.claims, a.only, a.preset)
     if not chosen:
         raise UserError(f"--only {' '.join(a.only)}: not among the systems of claim {' '.join(map(str, a.claims))}; --list shows them")
@@ -111,8 +111,9 @@ def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
             except (UserError, SystemExit):  # train.py will say so in the run's log, and the other runs go on
                 key = digest(argv, folds[fold])
             name = f"{e.name} fold{fold} seed{seed} {key}".replace(" ", "-")
-            runs.append(Run(e, source, a.preset, fold, len(folds), seed, key, study, argv, Path(a.runs) / a.preset / source / name))
-    return runs
+            folder = a.runs / a.preset / source / name
+            runs.setdefault(key, Run(e, source, a.preset, fold, len(folds), seed, key, study, argv, folder))
+    return list(runs.values())
 
 
 def source_of(kind: str, a: argparse.Namespace) -> tuple[str, list[str]]:
@@ -120,12 +121,14 @@ def source_of(kind: str, a: argparse.Namespace) -> tuple[str, list[str]]:
     sources = PRESETS[a.preset]
     source = kind if kind in sources else "petct"  # AutoPET has healthy patients of its own
     if source == "petct" and not a.root:
-        if "demo" not in sources:
-            raise UserError(f"--preset {a.preset} needs --root, a folder in AutoPET's layout")
+        if a.preset == "paper":
+            raise UserError("--preset paper needs --root, a folder in AutoPET's layout")
         source = "demo"
     common = sources[source].split()
     if source == "petct":
         common += ["--root", a.root, *(["--splits", a.splits] if a.splits else [])]
+    if source == "brain" and a.preset == "paper" and not a.brain_root:
+        raise UserError("--preset paper needs --brain-root, a folder in MSD Task01's layout, for claim 6")
     if source == "brain" and a.brain_root:
         common += ["--data", "brain", "--root", a.brain_root]
     return source, common
@@ -215,7 +218,8 @@ def enter(run: Run, path: Path, lock: Path) -> list[dict]:
     with alone(lock):
         rows = [r for r in read_rows(path) if r["run"] != run.key] + mine
         rows.sort(key=lambda r: (r["study"], r["system"], int(r["seed"]), int(r["fold"]), r["case"], r["target"]))
-        write_table(rows, path)
+        columns = dict.fromkeys(k for r in rows for k in r)  # an older file may lack some
+        write_table([{k: r.get(k, "") for k in columns} for r in rows], path)
     return mine
 
 
@@ -349,7 +353,7 @@ def main(argv: list[str]) -> None:
             print(f"   {run.title}" + (" (goes on)" if (run.folder / "last.pt").exists() else ""))
         if a.preset == "laptop" and todo:
             print(f"about {clock(60 * MINUTES * math.ceil(len(todo) / jobs))} at {MINUTES:g} minutes of one core a run", flush=True)
-        failed = run_all(todo, jobs, a.results, Path(a.runs) / "lock")
+        failed = run_all(todo, jobs, a.results, a.runs / "lock")
     for source in sources:
         if path := claims.report(a.results, source):
             print(f"{path}: tables, verdicts and the figure")

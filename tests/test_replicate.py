@@ -66,6 +66,7 @@ def test_each_experiments_options_are_train_pys():
         ("--claims 6 --only ct", "not among the systems"),
         ("", "say which claims"),
         ("--preset paper --claims 1", "needs --root"),
+        ("--preset paper --claims 6", "needs --brain-root"),
         ("--claims 1 --folds 9", "folds 0 to 1"),
         ("--claims 1 --jobs -2", "give 1 or more"),
     ],
@@ -165,6 +166,13 @@ def test_an_interrupt_lets_the_runs_save_and_says_how_to_go_on(fake, number):
     assert fake() == ["v1 0", "v2 0", "v3 0", "v4 0"]
 
 
+def test_what_serves_two_claims_is_run_once(monkeypatch):
+    """AutoPET has healthy patients: with the paper's preset claim 9's v2 and v3, which the laptop trains on the phantom, are claim 1's."""
+    monkeypatch.setattr(replicate, "splits_of", lambda c: FOLDS)
+    a, extra = replicate.options_of("--preset paper --claims 1 9 --root x --folds 0".split())
+    assert [(r.source, r.experiment.name) for r in replicate.plan(a, extra)] == [("petct", v) for v in ("v1", "v2", "v3", "v4")]
+
+
 def test_rows_are_in_one_order_whatever_ended_first(fake):
     fake("--folds", "1", "--only", "v3")
     fake("--folds", "0", "1")
@@ -193,7 +201,7 @@ def test_the_reconstruction_error_is_that_of_the_held_out_ct(tmp_path, monkeypat
 
 # --------------------------------------------------------------------------------------------- real runs, killed and taken up
 def tiny(folder: Path, steps: int) -> subprocess.Popen:
-    args = ["--claims", "1", "--only", "v2", "v3", "--jobs", "2", "--", *TINY, "--steps", str(steps), "--checkpoint-minutes", "0"]
+    args = ["--claims", "1", "--only", "v2", "v3", "--jobs", "2", "--", *TINY, "--steps", str(steps), "--checkpoint-minutes", "0.01"]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "replicate.py"), *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
