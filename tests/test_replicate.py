@@ -227,7 +227,7 @@ def test_a_replication_killed_in_the_middle_is_the_one_that_went_through(tmp_pat
         assert process.returncode == -signal.SIGKILL, "it came to its end before it was to be killed: give it more steps"
     process = tiny(tmp_path / "killed", 60)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and out.count("(goes on)") == 2, out
+    assert process.returncode == 0 and "(goes on)" in out, out
     timeless = lambda name: [r | {"seconds": ""} for r in read_rows(tmp_path / name / "results/demo.csv")]  # noqa: E731
     rows = [timeless("whole"), timeless("killed")]
     assert rows[0] == rows[1] and len(rows[0]) >= 4
