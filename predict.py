@@ -177,11 +177,17 @@ def to_masks(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image, thresh
     return [to_original(p, affine, like) >= threshold for p in prob]
 
 
-def evaluate(case: Case, masks: list[np.ndarray], targets: tuple[str, ...]) -> list[dict]:
-    """Metrics of one case, a row a target. masks: (D, H, W) bool each, on the input's own grid. Without a truth only volumes are known."""
+def truth_of(case: Case) -> nib.Nifti1Image | None:
+    """`read_label`'s labels; None where the study has none."""
+    return read_label(case) if case.label else None
+
+
+def evaluate(case: Case, truth: nib.Nifti1Image | None, masks: list[np.ndarray], targets: tuple[str, ...]) -> list[dict]:
+    """Metrics of one case, a row a target. truth: `truth_of(case)`, without which only volumes are known; masks: (D, H, W) bool each,
+    on the input's own grid, as truth is."""
     like, rows = read_header(case.images[-1]), []
     spacing = nib.affines.voxel_sizes(like.affine)
-    labels = np.asarray(read_label(case).dataobj) if case.label else None
+    labels = None if truth is None else np.asarray(truth.dataobj)
     for name, mask in zip(targets, masks, strict=True):
         if labels is None:
             numbers = dict.fromkeys(("dice", "fpv_ml", "fnv_ml", "truth_ml"), math.nan)
@@ -318,12 +324,14 @@ def predict_study(models: list[tuple], case: Case, out: Path, device="cpu", prob
         p = to_original(p, affine, like)
         masks.append(p >= c["threshold"])
         if probabilities:
-            save_nifti(p.astype(np.float32), like, out.with_name(out.name.replace(".nii", f"_{target}_probability.nii")))
+            stem, _, ending = out.name.rpartition(".nii")
+            save_nifti(p.astype(np.float32), like, out.with_name(f"{stem}_{target}_probability.nii{ending}"))
     mask = np.where(masks[0], 2, np.logical_or.reduce(masks[1:])) if brain else masks[0]
     save_nifti(mask.astype(np.uint8), like, out)
     score = float(np.mean(scores)) if scores else math.nan
-    rows = [row | {"tumor_score": score} for row in evaluate(case, masks, targets_of(c))]
-    truth = label_to_grid(read_label(case), recipe_of(c), box) > 0 if case.label else None
+    truth = truth_of(case)
+    rows = [row | {"tumor_score": score} for row in evaluate(case, truth, masks, targets_of(c))]
+    truth = None if truth is None else label_to_grid(truth, recipe_of(c), box) > 0
     title = case.name + (f"\nDice {rows[0]['dice']:.2f}" if rows[0]["dice"] == rows[0]["dice"] else "")
     tile = figures.tile(title, image[-1], (prob >= c["threshold"]).any(0), truth, nib.affines.voxel_sizes(affine), brain)
     return Prediction(rows, tile)

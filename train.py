@@ -54,6 +54,7 @@ from predict import (
     suv_threshold,
     targets_of,
     to_masks,
+    truth_of,
 )  # fmt: skip
 
 
@@ -493,7 +494,7 @@ class Run:
             prob, score = self.predict(case, last)
             masks = to_masks(prob, case.affine, data.read_header(case.case.images[-1]), self.c.threshold)
             more = {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score}
-            rows.append([r | more for r in evaluate(case.case, masks, self.targets)])
+            rows.append([r | more for r in evaluate(case.case, truth_of(case.case), masks, self.targets)])
         rows = [r for case_rows in parallel.gather(rows) for r in case_rows]
         summary = summarise(rows, self.targets)
         self.log({"step": self.step, "val": summary})

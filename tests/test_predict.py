@@ -31,6 +31,7 @@ from predict import (
     suv_threshold,
     to_masks,
     to_original,
+    truth_of,
     window_starts,
 )
 
@@ -149,7 +150,7 @@ def test_a_known_mask_survives_the_way_to_the_network_and_back(tmp_path, codes):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
     (case,) = data.build_cache(data.find_petct(tmp_path), Recipe(spacing=(2.5, 2.5, 2.5)), tmp_path / "cache", workers=1)
     masks = to_masks(case.array("label")[None].astype(np.float32), case.affine, nib.load(tmp_path / "SUV.nii.gz"), 0.5)
-    (row,) = evaluate(case.case, masks, ("seg",))
+    (row,) = evaluate(case.case, truth_of(case.case), masks, ("seg",))
     assert row["dice"] >= 0.97 and row["fpv_ml"] == 0 and row["fnv_ml"] == 0
     assert row["truth_ml"] == pytest.approx(4 / 3 * math.pi * 2.8**3, rel=0.02)
 
