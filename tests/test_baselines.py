@@ -500,7 +500,10 @@ def test_the_deep_supervision_weights_are_nnunets():
 
 # --------------------------------------------------------------------------------------------------------------- the compiler
 @pytest.mark.slow
-@every
+@pytest.mark.parametrize(  # those that are not made of the Mirror U-Net's parts alone, and what has all of its parts
+    "kind,name,options",
+    [("petct", "valindria", {}), ("petct", "joint", {"tasks": "v3", "skips": "both"}), ("petct", "nnunet", {}), ("brain", "segresnet", {})],
+)
 def test_compiles_without_a_graph_break(kind, name, options):
     net, x = tiny(name, kind, **options), torch.randn(2, 2, 32, 32, 32)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
