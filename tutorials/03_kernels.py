@@ -97,8 +97,9 @@ ax.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=w) for w, c in (("
 plt.show()
 
 # %% [markdown]
-# The logits of a voxel are 8 bytes and its label is 1, yet hundreds are moved: every intermediate result is as large as the volume and goes
-# out to memory and back. The largest bar is a conversion: `one_hot` wants labels of 8 bytes and makes as many for each class.
+# Each bar is an operation; calls of the same name are added up. The logits of a voxel are 8 bytes and its label is 1, yet 330 are moved:
+# every intermediate result is as large as the volume, and goes out to memory and comes back. The largest bar, `_to_copy`, is conversions
+# alone: `one_hot` wants a label of 8 bytes, and makes as many for each class, which then become floats.
 #
 # ### Your turn: the fewest bytes
 #
@@ -131,8 +132,8 @@ check_least(
 )
 
 # %% [markdown]
-# So 26 bytes. `results/traffic.csv` has the meter's readings for this repository's kernel, the two libraries that are most used in the
-# field, and the eager code above, on a batch of two 32³ volumes:
+# So 26 bytes. `results/traffic.csv` has the meter's readings for this repository's kernel, the losses of two widely used libraries, and the
+# eager code above, on a batch of two 32³ volumes:
 
 # %%
 table = list(csv.DictReader(open("results/traffic.csv")))
@@ -152,6 +153,9 @@ axes[1].legend(loc="upper right", fontsize=8)
 plt.show()
 
 # %% [markdown]
+# In bfloat16, logits and gradient of half the size, the kernel moves 14. The eager code moves more than before, since it converts to
+# float32 first.
+#
 # ## The roofline
 #
 # How long does that take? A GPU can move at most `bandwidth` bytes a second and do at most `peak` operations a second, both at the same
@@ -183,7 +187,7 @@ for (name, top), style in zip(peak.items(), ("-", "--")):
     ax.loglog(x, np.minimum(x * bandwidth, top) / 1e12, style, color="gray", label=f"roof, {name}: {top / 1e12:.0f} TFLOP/s")
 for name, (intensity, kind, color) in points.items():
     ax.loglog(
-        intensity, min(intensity * bandwidth, peak[kind]) / 1e12, "o", ms=9, color=color, label=f"{name}: {intensity:.2g} operations a byte"
+        intensity, min(intensity * bandwidth, peak[kind]) / 1e12, "o", ms=9, color=color, label=f"{name}: {intensity:.3g} operations a byte"
     )
 ax.set(
     xlabel="intensity: operations a byte", ylabel="TFLOP/s at most", title="Roofline of an H100 SXM by its data sheet (nothing measured)"
@@ -205,10 +209,10 @@ for name, b in {"eager": 330, "MONAI": 246, "fused": 26}.items():
 # %% [markdown]
 # ## A first kernel
 #
-# A Triton kernel is a function that is run many times, by **programs** that know nothing of each other but their number,
-# `tl.program_id(0)`. A program works on a block of numbers at once: `tl.arange` makes a block of indices, `tl.load(pointer + indices,
-# mask)` fetches, arithmetic is as in NumPy, `tl.store` writes back. Block sizes are powers of two and volumes are not, hence the mask:
-# lanes where it is false are not touched.
+# A GPU is some hundred multiprocessors (an H100 SXM has 132) with one large memory. A Triton kernel is a function that is run many times on
+# them, by **programs** that know nothing of each other but their number, `tl.program_id(0)`. A program works on a block of numbers at once:
+# `tl.arange` makes a block of indices, `tl.load(pointer + indices, mask)` fetches, arithmetic is as in NumPy, `tl.store` writes back. Block
+# sizes are powers of two and volumes are not, hence the mask: lanes where it is false are not touched, and read as `other`.
 #
 # This one counts the tumour voxels of a volume: each program adds up its own block and writes **one** number. Read it line by line, you
 # will need all of it.
@@ -234,16 +238,18 @@ if triton:
     print(f"{total(traffic).bytes / len(target):.3f} bytes a voxel, in {total(traffic).launches} launch")
 
 # %% [markdown]
-# One byte a voxel, and a few for the partial sums. Masked lanes do not count: 5 programs of 1024 have 5120 lanes, but 5000 loads were made.
+# One byte a voxel, and a few for the partial sums. Masked lanes do not count: 5 programs of 1024 have 5120 lanes, but 5000 labels were
+# loaded.
 #
-# Why partial sums, and not one total to which every program adds (`tl.atomic_add`)? Programs finish in any order, and sums of floats depend
-# on the order: the same input would give other bits each time. Which voxels belong together is a matter of memory, where a volume is a long
-# row, W fastest:
+# Why partial sums, and not one total to which every program adds (`tl.atomic_add`)? Programs finish in any order, and a sum of floats
+# depends on the order: the same input would give other bits each time. Which voxels a program has is a matter of memory, where a volume is
+# one long row with the last axis fastest. In a PET/CT volume here the first axis is left to right, so a block is a slab of the body, as
+# seen from the side:
 
 # %%
 import phantom
 
-study = phantom.petct_study(1, healthy=False)  # a synthetic patient; 4 mm voxels
+study = phantom.petct_study(10, healthy=False)  # a synthetic patient; 4 mm voxels
 where = int(study.seg.sum((0, 2)).argmax())  # the coronal slice with most tumour
 owner = (np.arange(study.seg.size) // (64 * BLOCK)).reshape(study.seg.shape)  # blocks of 65,536, else there would be too many to see
 
@@ -252,6 +258,7 @@ axes[0].imshow(study.suv[:, where].T, origin="lower", cmap="gray_r", vmax=10)
 axes[0].contour(study.seg[:, where].T, [0.5], colors="tab:green")
 axes[0].set_title("PET, tumour outlined")
 axes[1].imshow(owner[:, where].T % 20, origin="lower", cmap="tab20")
+axes[1].contour(study.seg[:, where].T, [0.5], colors="black")
 axes[1].set_title("which program has the voxel")
 sums_of = np.bincount(owner.ravel(), study.seg.ravel())
 axes[2].bar(range(len(sums_of)), sums_of, color=plt.get_cmap("tab20")(np.arange(len(sums_of)) % 20))
@@ -310,12 +317,17 @@ def right_sums(logits, target):
     return torch.stack([(p * t).sum(), p.sum(), t.sum(), torch.nn.functional.softplus(torch.where(t == 1, -u, u)).sum()])
 
 
+def with_room(x):
+    """x in memory with a block to spare behind it: there a forgotten mask does no harm."""
+    return torch.cat([x.flatten(), x.new_zeros(BLOCK)])[: x.numel()].view(x.shape)
+
+
 def check_sums(kernel, n=5000):
     if triton is None:
         return print("not checked: Triton is not installed")
     programs = -(-n // BLOCK)
     for scale in (2, 1000):  # logits of a network, and of one that is very sure
-        logits, target = scale * torch.randn(2, n), (torch.rand(n) < 0.3).to(torch.uint8)
+        logits, target = with_room(scale * torch.randn(2, n)), with_room((torch.rand(n) < 0.3).to(torch.uint8))
         partials = torch.full((4, programs), float("nan"))
         with count_triton() as traffic:
             kernel[(programs,)](logits, target, partials, n, programs, BLOCK=BLOCK)
@@ -413,16 +425,18 @@ def my_gradient(
 def check_gradient(kernel, n=5000):
     if triton is None:
         return print("not checked: Triton is not installed")
-    logits, target = (3 * torch.randn(2, n)).requires_grad_(), (torch.rand(n) < 0.3).to(torch.uint8)
+    logits, target = with_room(3 * torch.randn(2, n)).requires_grad_(), with_room((torch.rand(n) < 0.3).to(torch.uint8))
     inter, pred, true, _ = right_sums(logits, target)
     den = pred + true + 1e-5
     coefficients = torch.stack([(2 * inter + 1e-5) / den**2, -2 / den]).float().detach()
     eager_dice_ce(logits.view(1, 2, n, 1, 1), target.view(1, 1, n, 1, 1)).backward()  # autograd's gradient
-    grad, wanted = torch.full((2, n), float("nan")), -1.7 * logits.grad
+    grad, wanted = with_room(torch.full((2, n), float("nan"))), -1.7 * logits.grad
     with count_triton() as traffic:
         kernel[(-(-n // BLOCK),)](torch.tensor(-1.7), logits.detach(), target, coefficients, grad, n, BLOCK=BLOCK)
     if grad.isnan().all():
         return print("not yet: the kernel has written nothing")
+    if grad.as_strided((BLOCK,), (1,), 2 * n).any():
+        return print("not yet: the kernel writes behind the end of its output; is there a mask?")
     wrong = ~((grad - wanted).abs() <= 1e-5 * wanted.abs().max())
     if wrong.any():
         c, v = wrong.nonzero()[0].tolist()
@@ -511,6 +525,8 @@ if triton:
 # sugar.
 
 # %%
+from matplotlib.colors import SymLogNorm
+
 if triton:
     logits = torch.stack([torch.zeros(study.suv.shape), torch.from_numpy(study.suv) - 4])[None].requires_grad_()
     labels = torch.from_numpy(study.seg)[None, None]
@@ -519,12 +535,12 @@ if triton:
     loss.backward()
 
     pictures = {"PET and truth": study.suv, "p: probability of tumour": logits.detach()[0, 1].sigmoid(), "d loss / d l₁": logits.grad[0, 1]}
+    top = logits.grad[0, 1, :, where].abs().max().item()
+    signed = SymLogNorm(linthresh=top / 100, vmin=-top, vmax=top)  # logarithmic, but for what is nearly 0
+    looks = (dict(cmap="gray_r", vmax=10), dict(cmap="magma"), dict(cmap="RdBu_r", norm=signed))
     fig, axes = plt.subplots(1, 3, figsize=(9, 5.4), layout="constrained")
-    top = logits.grad.abs().max().item()
-    for ax, (title, volume), options in zip(
-        axes, pictures.items(), (dict(cmap="gray_r", vmax=10), dict(cmap="magma"), dict(cmap="RdBu_r", vmin=-top, vmax=top))
-    ):
-        shown = ax.imshow(np.asarray(volume[:, where]).T, origin="lower", **options)
+    for ax, (title, volume), look in zip(axes, pictures.items(), looks):
+        shown = ax.imshow(np.asarray(volume[:, where]).T, origin="lower", **look)
         ax.contour(study.seg[:, where].T, [0.5], colors="tab:green", linewidths=1)
         ax.set(title=title, xticks=[], yticks=[])
         fig.colorbar(shown, ax=ax, location="bottom", shrink=0.9)
@@ -532,13 +548,14 @@ if triton:
     print(f"loss {loss.item():.3f}")
 
 # %% [markdown]
-# Red: the logit is to go down, blue: up. The step against the gradient puts out brain and bladder and lights up what is missing of the
-# tumours.
+# Blue: the logit is to rise; red: it is to sink. A step against the gradient lights up the tumour, which is warm but was missed in part,
+# and dims brain and kidneys. The tumour's few voxels pull hardest, each of them: that is Dice, which divides by the size of what it looks
+# for.
 #
 # ## A variance that fails
 #
-# The other fused kernel here is the instance norm with all that follows it, `kernels/norm_act.py`. It needs a mean and a variance, and
-# there are two formulas, equal on paper:
+# Another fused kernel here is the instance norm with all that follows it, `kernels/norm_act.py`. It needs a mean and a variance, and there
+# are two formulas, equal on paper:
 #
 # $$\operatorname{var} = \operatorname{E}\big[(x - \mu)^2\big] = \operatorname{E}[x^2] - \mu^2.$$
 #
@@ -693,16 +710,18 @@ plt.show()
 # * **Occupancy.** A multiprocessor of these GPUs has 65,536 registers for all programs that are on it at a time (CUDA's programming guide).
 #   While one waits for memory, another can go on: the more fit, the better.
 #
-# Below, *your* kernel is compiled for sm_90 (the H100), in a process of its own without `TRITON_INTERPRET`, for several block sizes; each
-# with a promise to the compiler that `n` and the pointers are multiples of 16 (which Triton makes on its own where it is true at a launch),
-# and without.
+# Below, the kernel of puzzle 1 is compiled for sm_90 (the H100), in a process of its own without `TRITON_INTERPRET`, for several block
+# sizes, each worked on by 256 threads; once with the promise that `n` and the pointers are multiples of 16, which Triton gives the compiler
+# where a launch's arguments are, and once without.
 
 # %%
+kernel = sums  # my_sums, once it is right
+
 script = """
 import json, sys
 sys.path += ["benchmarks", sys.argv[1]]
-from budget import extremes, nvidia
-from mine import sums
+from budget import nvidia
+from mine import kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -710,7 +729,7 @@ signature = {"logits": "*fp32", "target": "*u8", "partials": "*fp32", "n": "i32"
 for block in (1024, 2048, 4096, 8192, 16384):
     for promise in (True, False):
         attrs = {(i,): [["tt.divisibility", 16]] for i in range(4)} if promise else {}
-        asm = compile(ASTSource(sums, signature, {"BLOCK": block}, attrs), GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm
+        asm = compile(ASTSource(kernel, signature, {"BLOCK": block}, attrs), GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm  # 256 threads
         registers, spilled, loads, stores = nvidia(asm)
         example = next(line.strip() for line in asm["ptx"].splitlines() if "ld.global" in line)
         row = dict(block=block, promise=promise, registers=registers, spilled=spilled, loads=len(loads), widest=max(loads), example=example)
@@ -718,18 +737,15 @@ for block in (1024, 2048, 4096, 8192, 16384):
 """
 if triton:
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "mine.py").write_text(
-            "import triton\nimport triton.language as tl\n\n" + inspect.getsource(sums.fn).replace("@jit", "@triton.jit")
-        )
+        code = inspect.getsource(kernel.fn) + f"\nkernel = {kernel.fn.__name__}\n"
+        Path(folder, "mine.py").write_text("import triton.language as tl\nfrom triton import jit\n\n" + code)
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run([sys.executable, "-c", script, folder], env=environment, capture_output=True, text=True)
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     print(done.stderr or f"{'block':>6} promise registers spilled loads  widest")
     for r in compiled:
-        print(
-            f"{r['block']:6} {'yes' if r['promise'] else 'no':7} {r['registers']:9} {r['spilled']:7} {r['loads']:5}  {r['widest']} bits:",
-            r["example"],
-        )
+        promise, example = "yes" if r["promise"] else "no", f"{r['widest']} bits: {r['example']}"
+        print(f"{r['block']:6} {promise:7} {r['registers']:9} {r['spilled']:7} {r['loads']:5}  {example}")
 
 # %%
 if triton:
@@ -748,10 +764,12 @@ if triton:
     plt.show()
 
 # %% [markdown]
-# With the promise a thread fetches four floats or sixteen labels at once. Larger blocks keep more loads in flight, at a price in registers,
-# until they spill. A volume whose n is no multiple of 16 gets the other kernel. That is why a library looks at such things, and
-# `benchmarks/budget.py` does, for all of its kernels and four GPUs: it compiles them, reads the machine code, and fails where one spills or
-# loads less than 128 bits at a time where the layout allows it. Its table is `results/budget.csv`:
+# With the promise a thread fetches four floats, or sixteen labels, at once; without it, a number at a time, with an instruction and a
+# register for every address. So a volume whose n is no multiple of 16 gets a worse kernel. Larger blocks keep more loads under way at a
+# time, and cost registers, until they spill.
+#
+# `benchmarks/budget.py` does this for every kernel of this repository and four GPUs. It compiles, reads the machine code, and fails where a
+# kernel spills, or loads less than 128 bits at a time where the layout would allow it. Its table is `results/budget.csv`:
 
 # %%
 budget = list(csv.DictReader(open("results/budget.csv")))
@@ -770,20 +788,14 @@ for y, family in enumerate(families):
     for k, (gpu, color) in enumerate(colors.items()):
         registers = [int(r["registers"]) for r in budget if r["kernel"].startswith(family) and r["target"] == gpu]
         ax.plot(registers, [y + 0.18 * (k - 1.5)] * len(registers), "|", ms=9, color=color, label=gpu if y == 0 else None)
-ax.axvline(255, color="black", lw=0.8)
-ax.text(252, -0.35, "the most there are", ha="right", fontsize=8)
-for programs in (2, 4, 8):
-    ax.axvline(65536 / 256 / programs, color="gray", lw=0.8, ls=":")
-    ax.text(65536 / 256 / programs, 6.75, f"{programs} × 256 threads fit", fontsize=7, rotation=90, ha="right", va="bottom", color="gray")
-ax.set(
-    yticks=range(len(families)),
-    yticklabels=families,
-    xlabel="registers a thread",
-    xlim=(0, 260),
-    title=f"Every kernel on four GPUs: {len(budget)} compiled, {sum(int(r['spilled']) > 0 for r in budget)} spill",
-)
+ax.set(xlabel="registers a thread", xlim=(0, 150), yticks=range(len(families)), yticklabels=families)
+ax.set_title(f"Every kernel on four GPUs: {len(budget)} compiled, {sum(int(r['spilled']) > 0 for r in budget)} spill")
+top = ax.secondary_xaxis("top")
+top.set(xticks=[65536 / 256 / k for k in (8, 4, 3, 2)], xticklabels=[8, 4, 3, 2], xlabel="programs of 256 threads a multiprocessor (sm_*)")
+for k in (8, 4, 3, 2):
+    ax.axvline(65536 / 256 / k, color="gray", lw=0.8, ls=":")
 ax.invert_yaxis()
-ax.legend(fontsize=8, loc="center right")
+ax.legend(fontsize=8, loc="lower right")
 plt.show()
 grad = next(r for r in budget if r["kernel"] == "dice_ce grad C=2 float32 ncdhw" and r["target"] == "sm_90")
 fit = 65536 // (int(grad["registers"]) * 256)
