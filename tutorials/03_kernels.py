@@ -543,14 +543,15 @@ if triton:
         shown = ax.imshow(np.asarray(volume[:, where]).T, origin="lower", **look)
         ax.contour(study.seg[:, where].T, [0.5], colors="tab:green", linewidths=1)
         ax.set(title=title, xticks=[], yticks=[])
-        fig.colorbar(shown, ax=ax, location="bottom", shrink=0.9)
+        bar = fig.colorbar(shown, ax=ax, location="bottom", shrink=0.9)
+    bar.set_ticks([-top, 0, top], labels=[f"{-top:.0e}", "0", f"{top:.0e}"])
     plt.show()
     print(f"loss {loss.item():.3f}")
 
 # %% [markdown]
 # Blue: the logit is to rise; red: it is to sink. A step against the gradient lights up the tumour, which is warm but was missed in part,
-# and dims brain and kidneys. The tumour's few voxels pull hardest, each of them: that is Dice, which divides by the size of what it looks
-# for.
+# and dims brain and kidneys. The tumour's few voxels pull hardest, each of them: that is Dice, which divides by the sizes of tumour and
+# prediction and not by the number of all voxels.
 #
 # ## A variance that fails
 #
@@ -764,9 +765,9 @@ if triton:
     plt.show()
 
 # %% [markdown]
-# With the promise a thread fetches four floats, or sixteen labels, at once; without it, a number at a time, with an instruction and a
-# register for every address. So a volume whose n is no multiple of 16 gets a worse kernel. Larger blocks keep more loads under way at a
-# time, and cost registers, until they spill.
+# With the promise a thread fetches four floats, or sixteen labels, at once; without it, a number at a time, with four to sixteen times the
+# instructions. A volume whose n is no multiple of 16 gets that worse kernel. Larger blocks keep more loads under way at a time, and cost
+# registers, until they spill.
 #
 # `benchmarks/budget.py` does this for every kernel of this repository and four GPUs. It compiles, reads the machine code, and fails where a
 # kernel spills, or loads less than 128 bits at a time where the layout would allow it. Its table is `results/budget.csv`:
