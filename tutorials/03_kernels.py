@@ -270,8 +270,8 @@ plt.show()
 # %% [markdown]
 # ## Puzzle 1: the sums
 #
-# **Equation.** With two classes only the difference of the logits matters, $u = l_1 - l_0$: the probability of tumour is $p = 1 / (1 +
-# e^{-u})$. With labels $t \in \{0, 1\}$, the loss needs four sums over the voxels,
+# **Equation.** With two classes only the difference of the logits matters, $u = l_1 - l_0$: the probability of tumour is
+# $p = 1 / (1 + e^{-u})$. With labels $t \in \{0, 1\}$, the loss needs four sums over the voxels,
 #
 # $$I = \sum p\,t \qquad P = \sum p \qquad T = \sum t \qquad N = \sum \log(1 + e^{z}),\quad
 # z = \begin{cases} -u & t = 1 \\ \phantom{-}u & t = 0 \end{cases}$$
@@ -370,8 +370,8 @@ check_sums(sums)
 # ## From sums to the loss
 #
 # A second kernel, one program, adds up the partial sums and makes the loss of them. It could be a few lines of PyTorch, but each would be a
-# launch of its own, to move a handful of numbers. It also leaves something for the backward pass. By the quotient rule, with $\text{den} =
-# P + T + \varepsilon$,
+# launch of its own, to move a handful of numbers. It also leaves something for the backward pass. By the quotient rule, with
+# $\text{den} = P + T + \varepsilon$,
 #
 # $$\frac{\partial (1 - \text{Dice})}{\partial p_v} = \frac{\text{Dice}}{\text{den}} - \frac{2}{\text{den}}\, t_v = a + b\,t_v:$$
 #
@@ -496,6 +496,7 @@ class Fused(torch.autograd.Function):
         return grad, None
 
 
+# %%
 from kernels import dice_ce_ref  # the library's definition: plain PyTorch, differentiated by autograd
 from kernels.dice_ce import dice_ce_triton
 
@@ -577,8 +578,8 @@ print(f"E[x^2] - mean^2     {((x**2).mean() - mean**2).item():.6f}")
 # $$\text{error} \approx 2^{-24} \left(\frac{\mu}{\sigma}\right)^2.$$
 #
 # The first formula needs μ before it can begin, so it reads x twice. Can one pass be stable, too? Yes: a program has its block in
-# registers, where a second look costs nothing, and two blocks can be **merged**. Keep of each its number of values n, its mean, and $M_2 =
-# \sum (x - \text{mean})^2$.
+# registers, where a second look costs nothing, and two blocks can be **merged**. Keep of each its number of values n, its mean, and
+# $M_2 = \sum (x - \text{mean})^2$.
 
 # %% [markdown]
 # ### Your turn: merge two blocks
@@ -704,8 +705,8 @@ plt.show()
 #
 # The interpreter says nothing about machine code. But Triton can compile for a GPU that is not there. Three things to look at:
 #
-# * **Load width.** A thread can fetch up to 128 bits, four floats, with one instruction. The compiler does so only if it can prove that
-#   addresses are multiples of 16 bytes.
+# * **Load width.** A program's block is shared out among threads, here 256. A thread can fetch up to 128 bits, four floats, with one
+#   instruction. The compiler does so only if it can prove that addresses are multiples of 16 bytes.
 # * **Registers.** A thread holds its numbers in at most 255 registers of 32 bits; what does not fit is **spilled** to memory, the traffic
 #   that we came to avoid.
 # * **Occupancy.** A multiprocessor of these GPUs has 65,536 registers for all programs that are on it at a time (CUDA's programming guide).
