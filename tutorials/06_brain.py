@@ -14,6 +14,7 @@ if Path.cwd().name == "tutorials":  # where Jupyter starts; the code is one fold
     os.chdir("..")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two cores be shared with other programs; must come before torch
 
+import json
 import sys
 from dataclasses import replace
 from typing import NamedTuple
@@ -224,10 +225,24 @@ for row, case in zip(axes, my_held_out):
 # question now, the tumour *without* its rim, of an image that hardly shows the rim: it tends to fill it in. Whether a task is easy depends
 # on the image that it is given; that is the reason to choose.
 #
-# For a run of your own from the command line, write the two facts into `dataset.json`, where `find_brain` looks for them: `"modality"`
-# names the channels, and `"labels"` the codes ("edema" in a name makes a code edema; "tumour", "core", "enhancing" or "necrotic" make it
-# core).
-#
+# To train so from the command line, write the two facts into a `dataset.json`. `find_brain` gives the channel whose name has "t2" in it to
+# the first branch and the one with "flair" to the second; of the labels, a name with "edema" makes a code edema, and "tumour", "core",
+# "enhancing" or "necrotic" make it core. These names are slots, too. The images need not be copied:
+
+# %%
+description = json.loads((root / "dataset.json").read_text())
+description["modality"] = {"0": "FLAIR", "1": "T1w", "2": "T2w (in truth T1gd)", "3": "not used"}
+description["labels"] = {"0": "background", "1": "edema", "2": "edema (in truth not enhancing)", "3": "core (in truth the rim)"}
+for entry in description["training"]:
+    entry |= {name: str((root / path).resolve()) for name, path in entry.items()}
+folder = Path("cache/tutorials/brain-t1gd")
+folder.mkdir(exist_ok=True)
+(folder / "dataset.json").write_text(json.dumps(description))
+print("mine  :", mine[0].channels, sorted(mine[0].roles))
+print("read  :", data.find_brain(folder)[0].channels, sorted(data.find_brain(folder)[0].roles))
+print(f"python train.py --data brain --root {folder}")
+
+# %% [markdown]
 # **Your turn.** Swap the branches' tasks: FLAIR shall find the core, and T2w the edema. What has to change? (The answer is the next cell;
 # what to expect of it: FLAIR shows the core darker than the edema, and T2w shows edema, ventricles and core all bright.)
 
@@ -241,7 +256,7 @@ print("swapped:", swapped[0].channels, "the roles stay:", swapped[0].roles)
 # For tasks that the presets do not have, take the parts: `Branch(out_channels, ...)` is a U-Net of one modality, `LightDecoder` the
 # decoder at the bottleneck. How many channels come out is the task's business: 1 to reconstruct, K to tell K classes apart. Here the first
 # branch tells background, edema and core apart in one go, the second segments the whole tumour, and the bottleneck *reconstructs* both
-# images, which is what the paper calls v2-rec. Four things are yours to write: what comes out, the network, the loss, and the step.
+# images (the paper's v2-rec has such a task there). Four things are yours to write: what comes out, the network, the loss, and the step.
 
 
 # %%
@@ -269,7 +284,7 @@ class MyMirrorUNet(nn.Module):
 
 def my_loss(out, batch):
     segment = losses.dice_ce(out.parts, batch["label"]) + losses.dice_ce(out.whole, (batch["label"] > 0).long())
-    return 0.5 * segment + 0.01 * losses.l2(out.images, batch["image"])
+    return 0.5 * segment + 0.1 * losses.l2(out.images, batch["image"])
 
 
 # %% [markdown]
@@ -319,7 +334,9 @@ for row, case in zip(axes, held_out):
         axis.axis("off")
 
 # %% [markdown]
-# TEXT-OWN
+# The first branch tells three classes apart in an image that shows two of them almost alike; it has had a hundred steps. The
+# reconstructions are a blur with the checkerboard of transposed convolutions: without skips all of an image has to pass through the
+# bottleneck. That is what the task asks of it.
 #
 # If such a task shall become an option of `train.py`, these are the places: `MirrorUNet.forward` and its NamedTuple in `mirror_unet.py`,
 # `MirrorLoss` in `losses.py`, `make_targets` in `data.py` (what the loss reads), and `foreground_probability` with `TARGETS` in
