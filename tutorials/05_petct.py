@@ -214,10 +214,10 @@ marks = [plt.Line2D([], [], color=c, lw=5, label=n) for c, n in ((FOUND, "found"
 marks.append(plt.Line2D([], [], color="#ff2d95", lw=1, label="predicted outline of what was found"))
 _ = fig.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=8)
 # %% [markdown]
-# The orange repeats from patient to patient: nearly all of it lies in organs that take up sugar. In the run kept here these are kidneys,
-# bladder, brown fat at the shoulders and a rim of some hearts; the brain, darkest of all, has been learned already. The volume of an organ
-# is that of several lesions, so a few organs make an FPV of tens of millilitres. What touches a true voxel costs no FPV, however far it
-# leaks: that shows in Dice.
+# The orange repeats from patient to patient: nearly all of it lies in organs that take up sugar. In the run kept here these are bladder,
+# kidneys, brown fat at the shoulders and parts of some hearts; the brain, darkest of all, has been learned already but for a few specks.
+# An organ is as large as several lesions, so a few of them make an FPV of tens of millilitres. What touches a true voxel costs no FPV,
+# however far it leaks: that shows in Dice.
 #
 # What did the network take for a tumour? The largest false component of all, and the largest missed lesion, in the slices that hold most
 # of them:
@@ -325,12 +325,15 @@ for axis in axes:
     axis.legend(fontsize=8, loc="upper left")
 
 # %% [markdown]
-# Not much yet, and the pictures say so more clearly than a number. All answers lie in one narrow band: the classifier hardly tells a patch
-# with tumour from one without, its BCE above stayed near a coin's, and at a threshold of one half it calls nearly every patient ill. An
-# AUC above 0.5 means that the *order* holds some information; with this few studies it is rough (seven ill and five healthy make 35 pairs,
-# so one pair is 0.03), and the segmented volume, which comes for free, orders the patients no worse. The reasons: a few hundred patches
-# seen, a weight of $10^{-2}$, and a score that is the *highest* of many windows, so that one wrong window is enough. Longer runs on the
-# phantom did not mend it either: `results/README.md` keeps AUCs of 0.28 to 0.55.
+# Not much, and the pictures say so more clearly than a number. All answers lie in one band: the classifier hardly tells a patch with
+# tumour from one without, its BCE stayed near a coin's, and at a threshold of one half it calls nearly every patient ill. On patches an
+# AUC above 0.5 means that the *order* holds some information. On patients not even that can be said: seven ill and five healthy make 35
+# pairs, their scores differ in the second decimal, and rounding decides. The same training gave an AUC of 0.83 on one thread and 0.23 on
+# two (`OMP_NUM_THREADS`), which differ by nothing but the order of sums. The segmented volume, which comes for free, did better both
+# times.
+#
+# What is in the way: a few hundred patches were seen, the weight is $10^{-2}$, and a score is the *highest* of many windows, so that one
+# wrong window is enough. Longer runs on the phantom did not mend it: `results/README.md` keeps AUCs of 0.28 to 0.55.
 #
 # **Your turn.** The gate itself: empty the prediction of every study whose score lies below $s$. What happens to the mean FPV, and how
 # many patients lose a tumour that had been found? Draw both over $s$; the answer follows.
@@ -350,9 +353,9 @@ free = max((fpv.mean() - f for f, n in zip(left, lost) if n == 0), default=0.0)
 print(f"mean FPV {fpv.mean():.1f} ml; the best gate that loses no patient takes away {free:.1f} ml of it")
 
 # %% [markdown]
-# The gate works where healthy patients score below ill ones. Here the scores are so close together that the left curve falls where the
-# right one rises, and a gate that keeps every found tumour removes little. What the classifier's task gives to the *shared features* is
-# another question, one that a comparison of v2 with v3 over many runs would have to answer.
+# The gate would work if healthy patients scored below ill ones. They do not: the left curve falls where the right one rises, and a gate
+# that keeps every found tumour removes little or nothing. What the classifier's task gives to the *shared features* is another question,
+# one that a comparison of v2 with v3 over many runs would have to answer.
 #
 # ## Your own studies, and longer runs
 #
