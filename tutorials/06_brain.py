@@ -107,8 +107,8 @@ run.train()
 Image(run.folder / "curves.png")
 
 # %% [markdown]
-# Three Dice losses and three cross entropies, one of each a task. Those of the whole tumour stay highest. That has two reasons: no skips,
-# and a last layer that keeps its norm and PReLU (the other two end in a bare convolution), so that its logits stay moderate and its
+# Three Dice losses and three cross entropies, one of each a task. Those of the whole tumour stay highest. Two reasons are at hand: no
+# skips, and a last layer that keeps its norm and PReLU (the other two end in a bare convolution), so that its logits stay moderate and its
 # probabilities away from 0 and 1. The soft Dice of the loss minds that. The Dice of the masks, on the right, minds it less.
 #
 # ## Patient by patient
@@ -334,9 +334,11 @@ for row, case in zip(axes, held_out):
         axis.axis("off")
 
 # %% [markdown]
-# The first branch tells three classes apart in an image that shows two of them almost alike; it has had a hundred steps. The
-# reconstructions are a blur with the checkerboard of transposed convolutions: without skips all of an image has to pass through the
-# bottleneck. That is what the task asks of it.
+# The first branch tells three classes apart in one image, and T2w shows the edema less clearly than FLAIR does: compare its edema with
+# that of the first training, which had more steps, too. Out of the bottleneck comes a blurred spot where the tumour is, in the
+# checkerboard of transposed convolutions, and hardly anything of the rest: this is what two segmenting branches have put there after a
+# hundred steps.
+# **Your turn**, without an answer here: what changes with ten times the weight, or ten times the steps?
 #
 # If such a task shall become an option of `train.py`, these are the places: `MirrorUNet.forward` and its NamedTuple in `mirror_unet.py`,
 # `MirrorLoss` in `losses.py`, `make_targets` in `data.py` (what the loss reads), and `foreground_probability` with `TARGETS` in
