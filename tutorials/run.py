@@ -8,6 +8,7 @@ Cells run in this folder's parent, as `python train.py` does. Each notebook is g
 """
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ def _joined(outputs: list) -> list:
             joined.append(out)
     for out in joined:
         if out.output_type == "stream":
+            out.text = re.sub(r"\n[^\n]*\x1b\[A", "", out.text)  # a bar below another one
             out.text = "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in out.text.split("\n"))
     return [out for out in joined if out.output_type != "stream" or out.text.strip()]
 
