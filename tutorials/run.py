@@ -4,7 +4,7 @@
     python tutorials/run.py 02 04          these only
     python tutorials/run.py --check        run all, write nothing; fail if a cell errors or a notebook's cells are not its source's
 
-Cells run in this folder's parent, as `python train.py` does. Each notebook is given ten minutes.
+Cells run in this folder's parent, as `python train.py` does. A cell is given twenty minutes, for machines that are slow or busy.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def run(source: Path):
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python"},
     }
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE.parent)}}).execute()
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(HERE.parent)}}).execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # instead of a random name, so that a notebook changes only where its source or an output does
         cell.metadata.pop("execution", None)  # when each cell ran
