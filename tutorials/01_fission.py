@@ -61,8 +61,8 @@ for ax, title in zip(axes, ("CT, one slice", "PET, brightest along the view", "P
 plt.show()
 
 # %% [markdown]
-# In the projection (middle; uptake is dark) brain, bladder, kidneys and brown fat below the neck are as dark as the two tumours. How
-# far does each modality get by its values alone? Here are all voxels of the body, and those of the tumours:
+# In the projection (middle; uptake is dark) brain and bladder are as dark as the two tumours, and kidneys and others not much lighter.
+# How far does each modality get by its values alone? Here are all voxels of the body, and those of the tumours:
 
 # %%
 body = ct > 0
@@ -82,8 +82,8 @@ print(f"CT: {alike:.0%} of them have values like the middle four fifths of the t
 print(f"PET: {hotter:.1%} of them are hotter than half of the tumours' voxels")
 
 # %% [markdown]
-# In CT tumours have the values of all soft tissue. PET has the contrast, but the hottest voxels belong to organs in the main. So the
-# modalities are not two views of one kind: they are good at *different tasks*.
+# In CT one tumour has the values of soft tissue and the other, in the hip, those of bone (at 1). PET has the contrast, but most of what
+# is hot is not tumour. So the modalities are not two views of one kind: they are good at *different tasks*.
 #
 # **Why not fuse, then?** In early fusion (two channels into one U-Net) no layer belongs to a modality, and a single loss decides what
 # is taken from which: nothing asks for the anatomy as such. In late fusion (two U-Nets, predictions averaged) the CT has to segment
@@ -296,8 +296,8 @@ except ValueError as error:
 
 # %%
 low = int(np.clip(tumour.sum((0, 1)).argmax() - 24, 0, tumour.shape[2] - 48))
-slab = torch.from_numpy(study["image"][None, :, :, :, low : low + 48]).float()  # (1, 2, 64, 48, 48)
-truth = torch.from_numpy(tumour[None, None, :, :, low : low + 48]).long()
+slab = torch.from_numpy(study["image"][None, :, 8:56, :, low : low + 48]).float()  # (1, 2, 48, 48, 48)
+truth = torch.from_numpy(tumour[None, None, 8:56, :, low : low + 48]).long()
 batch = {"ct": slab[:, :1], "pet": slab[:, 1:], "seg": truth, "tumor": torch.ones(1)}
 
 trained = {}

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import data
+import figures
 import losses
 import phantom
 from mirror_unet import MirrorUNet
@@ -49,12 +50,12 @@ DICE, CE, BOTH = "#d95f02", "#1b6ca8", "#5e3c99"  # colours of the two losses an
 p = torch.tensor([0.9, 0.6, 0.3, 0.1])
 t = torch.tensor([1, 1, 0, 0])
 
-I, P, T = (p * t).sum(), p.sum(), t.sum()
-dice_loss = 1 - 2 * I / (P + T)
+inter, P, T = (p * t).sum(), p.sum(), t.sum()
+dice_loss = 1 - 2 * inter / (P + T)
 right = torch.where(t == 1, p, 1 - p)  # probability given to the truth: 0.9, 0.6, 0.7, 0.9
 ce = -right.log().mean()
-print(f"I = {I:.1f}, P = {P:.1f}, T = {T}      Dice loss = 1 - {2 * I:.1f} / {P + T:.1f} = {dice_loss:.4f}")
-print(f"-log of {right.tolist()}      mean = {ce:.4f}")
+print(f"I = {inter:.1f}, P = {P:.1f}, T = {T}      Dice loss = 1 - {2 * inter:.1f} / {P + T:.1f} = {dice_loss:.4f}")
+print(f"probabilities given to the truth: {right.numpy()}      mean of their -log = {ce:.4f}")
 
 fig, (left, middle) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
 at = np.arange(4)
@@ -102,7 +103,8 @@ for p1 in (1.0, 0.6, 0.01):
 #
 # and with $\frac{dp}{dz}=p(1-p)$, the derivative of the sigmoid,
 #
-# $$\frac{\partial\,(1-D)}{\partial z_v}=p_v(1-p_v)\,\frac{D-2t_v}{S}\qquad\qquad \frac{\partial\,\mathrm{CE}}{\partial z_v}=\frac{p_v-t_v}{N}$$
+# $$\frac{\partial\,(1-D)}{\partial z_v}=p_v(1-p_v)\,\frac{D-2t_v}{S}\qquad
+# \frac{\partial\,\mathrm{CE}}{\partial z_v}=\frac{p_v-t_v}{N}$$
 #
 # (The second: $-\log p$ has the derivative $-1/p$, and $-\frac1p\,p(1-p)=p-1$; for background likewise $p$.) In code, and beside what
 # PyTorch's autograd finds for the library's losses:
@@ -164,8 +166,9 @@ plt.show()
 #   hardly pulled at all. CE's $(1-p)$ stays, however wrong. It also goes on being interested in whether 0.6 should be 0.9: it wants
 #   probabilities that are *true*.
 #
-# So each has what the other lacks. See it happen: a small network (three convolutions, in two dimensions to be quick) looks for a dim
-# disc in noise, a hundredth of the picture, and is trained three times for as long, with Dice, with CE, with both.
+# So each has what the other lacks. See it happen: a small network (three convolutions, in two dimensions to be quick) looks for dim
+# discs in noise, about a hundredth of the picture, and is trained for 200 steps with Dice, with CE, or with their sum. All three meet
+# the same pictures.
 
 
 # %%
@@ -179,45 +182,54 @@ def discs(n, seed):
     return (label + torch.randn(n, 48, 48, generator=g))[:, None], label[:, None]
 
 
-picture, truth = discs(100, seed=-1)
-shown = {}
-for name, loss in (("Dice", losses.soft_dice), ("CE", losses.cross_entropy), ("Dice + CE", losses.dice_ce)):
-    torch.manual_seed(0)
+def train_on_discs(loss, seed):
+    """A small network after 200 steps of one loss, and what it makes of the 100 new pictures."""
+    torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 2, 5, padding=2))
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for step in range(200):
-        x, label = discs(4, seed=step)
+        x, label = discs(4, seed=1000 * seed + step)
         value = loss(net(x), label)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
     with torch.no_grad():
-        out = net(picture)
-    mask = out.argmax(1, keepdim=True)
-    overlap = 2 * (mask * truth).sum() / (mask.sum() + truth.sum())
-    shown[name] = out.softmax(1)[:, 1]
-    print(f"trained with {name:9}   on 100 new pictures: Dice of the masks {overlap:.2f}, CE {losses.cross_entropy(out, truth):.3f}")
+        return net(picture)
+
+
+picture, truth = discs(100, seed=999_999)
+prob = {}
+print("on 100 new pictures, three runs each:")
+for name, loss in (("Dice", losses.soft_dice), ("CE", losses.cross_entropy), ("Dice + CE", losses.dice_ce)):
+    outs = [train_on_discs(loss, seed) for seed in range(3)]
+    prob[name] = outs[0].softmax(1)[:, 1]
+    masks = [out.argmax(1, keepdim=True) for out in outs]
+    overlap = [f"{2 * (m * truth).sum() / (m.sum() + truth.sum()):.2f}" for m in masks]
+    print(f"trained with {name:9}  Dice of the masks", *overlap, "  CE", *[f"{losses.cross_entropy(out, truth):.3f}" for out in outs])
+
 
 # %%
-fig, axes = plt.subplots(2, 4, figsize=(9, 4.8), layout="constrained")
-for row, k in zip(axes, (0, 1)):
-    row[0].imshow(picture[k, 0], cmap="gray")
-    for ax, (name, prob) in zip(row[1:], shown.items()):
-        image = ax.imshow(prob[k], cmap="magma", vmin=0, vmax=1)
-        ax.contour(truth[k, 0], [0.5], colors="white", linewidths=0.8)
-        ax.set_title(f"trained with {name}", fontsize=10)
-row[0].set_title("another one", fontsize=10)
-axes[0, 0].set_title("picture", fontsize=10)
-for ax in axes.ravel():
-    ax.set(xticks=[], yticks=[])
-fig.colorbar(image, ax=axes[:, 3], shrink=0.7, label="P(tumour)")
+def mosaic(pictures):
+    """Nine (48, 48) pictures as one."""
+    return torch.cat([torch.cat(list(pictures[3 * r : 3 * r + 3]), 1) for r in range(3)], 0)
+
+
+fig, axes = plt.subplots(1, 4, figsize=(9.4, 2.9), layout="constrained")
+axes[0].imshow(mosaic(picture[:9, 0]), cmap="gray")
+for ax, p_tumour in zip(axes[1:], prob.values()):
+    image = ax.imshow(mosaic(p_tumour[:9]), cmap="magma", vmin=0, vmax=1)
+for ax, title in zip(axes, ("nine pictures", *[f"trained with {name}" for name in prob])):
+    ax.contour(mosaic(truth[:9, 0]), [0.5], colors=figures.TRUTH, linewidths=0.9)
+    ax.set_title(title, fontsize=10)
+    ax.set(xticks=[48, 96], yticks=[48, 96], xticklabels=[], yticklabels=[])
+    ax.grid(color="#888888", lw=0.5)
+fig.colorbar(image, ax=axes[3], label="P(tumour)", shrink=0.75)
 plt.show()
 
 # %% [markdown]
-# CE alone is careful: its probabilities are the truest (lowest CE), but many discs stay below one half and are missed. Dice alone finds
-# most, and is black and white about it: certain where it is wrong (CE several times higher). The sum lies between them in both. Where a
-# mask is what counts and certainty matters little, Dice alone would do *here*; in three dimensions with few and varied patients, that
-# it goes silent is what one does not want to risk.
+# CE alone is careful: its probabilities are the truest (lowest CE), but many discs stay below one half and are lost in the mask. Dice
+# alone finds more, and is black and white about it: it is as sure where it is wrong, so that its CE is several times higher. The sum
+# has the overlap of Dice with a third of its CE, or so.
 #
 # ## When there is no tumour
 #
@@ -299,7 +311,9 @@ print(f"as sure and as wrong as fp16 can be: loss {value.item():.0f} ({value.dty
 # %% [markdown]
 # ## What v1, v2 and v3 add
 #
-# $$\mathcal L=\lambda_\text{seg}(\mathrm{Dice}+\mathrm{CE})+\lambda_\text{rec}\,\mathrm{L2}+\lambda_\text{cls}\,\mathrm{BCE}\qquad\lambda_\text{seg}=0.5,\ \lambda_\text{rec}=10^{-3},\ \lambda_\text{cls}=10^{-2}$$
+# $$\mathcal L=\lambda_\text{seg}(\mathrm{Dice}+\mathrm{CE})+\lambda_\text{rec}\,\mathrm{L2}+\lambda_\text{cls}\,\mathrm{BCE}$$
+#
+# $$\lambda_\text{seg}=0.5\qquad\lambda_\text{rec}=10^{-3}\qquad\lambda_\text{cls}=10^{-2}$$
 #
 # * **v1** L2: the mean squared error of the CT's reconstruction against the *clean* CT.
 # * **v2** L2: one mean over the reconstructions of CT and PET (the latter from the bottleneck).
@@ -364,11 +378,11 @@ fig.colorbar(image, ax=ax, label="power of ten")
 plt.show()
 
 # %% [markdown]
-# Read it by columns. The CT's own levels hear *only* the reconstructions, so there the small weight is nobody's competitor; and an
-# optimiser like Adam, which divides each gradient by its usual size, makes the weight all but disappear. Only where a column has
-# several entries do tasks compete: the shared level, and the PET encoder (segmentation, PET's reconstruction, the classifier). There
-# the extra tasks are a soft voice beside the segmentation. A dash is a gradient that does not exist: the CT's reconstruction never
-# touches a level that belongs to PET.
+# Read it by columns. The CT's own levels hear only the reconstructions, so there a small weight has no competitor; and an optimiser
+# like Adam, which divides each gradient by its usual size, makes the weight all but disappear. Only where a column has several entries
+# do tasks compete: at the shared level and in the PET encoder. There, at the start, the classifier is loud in spite of its weight of
+# 0.01 (its one number depends on everything), and the reconstructions are a whisper beside the segmentation, the CT's most of all. A
+# dash is a gradient that does not exist: the CT's reconstruction never touches a level that belongs to PET.
 #
 # **Your turn.** Make $\lambda_\text{rec}$ so large that the reconstruction weighs as much as the segmentation at the shared level. By
 # what factor? (Read the column "shared 5" and divide; the next cell does so.)
