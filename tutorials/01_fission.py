@@ -44,8 +44,8 @@ plt.rcParams["figure.dpi"] = 90
 
 # %%
 spacing = (6.0, 6.0, 6.0)  # mm: coarse, so that everything here is quick
-phantom.write_petct("cache/tutorials/petct", 2, spacing=spacing)
-case = data.find_petct("cache/tutorials/petct")[0]
+phantom.write_petct("cache/tutorials/petct-6mm", 2, spacing=spacing)
+case = data.find_petct("cache/tutorials/petct-6mm")[0]
 study = data.preprocess(case, data.Recipe(spacing=spacing))
 ct, pet = study["image"].astype(np.float32)
 tumour = study["label"]
@@ -61,8 +61,9 @@ for ax, title in zip(axes, ("CT, one slice", "PET, brightest along the view", "P
 plt.show()
 
 # %% [markdown]
-# In the projection (middle; uptake is dark) brain and bladder are as dark as the two tumours, and kidneys and others not much lighter.
-# How far does each modality get by its values alone? Here are all voxels of the body, and those of the tumours:
+# In the projection (middle; uptake is dark) one sees four tumours: two that the slice on the right outlines, one in the spine and one
+# in the liver. Brain and bladder are as dark, and kidneys not much lighter. How far does each modality get by its values alone? Here
+# are all voxels of the body, and those of the tumours:
 
 # %%
 body = ct > 0
@@ -82,8 +83,8 @@ print(f"CT: {alike:.0%} of them have values like the middle four fifths of the t
 print(f"PET: {hotter:.1%} of them are hotter than half of the tumours' voxels")
 
 # %% [markdown]
-# In CT one tumour has the values of soft tissue and the other, in the hip, those of bone (at 1). PET has the contrast, but most of what
-# is hot is not tumour. So the modalities are not two views of one kind: they are good at *different tasks*.
+# In CT three of the tumours have the values of soft tissue, and the one in the spine those of bone (at 1). PET has the contrast, but
+# most of what is hot is not tumour. So the modalities are not two views of one kind: they are good at *different tasks*.
 #
 # **Why not fuse, then?** In early fusion (two channels into one U-Net) no layer belongs to a modality, and a single loss decides what
 # is taken from which: nothing asks for the anatomy as such. In late fusion (two U-Nets, predictions averaged) the CT has to segment
@@ -338,7 +339,7 @@ assert changes["v4", "seg"] > 0
 
 # %%
 y = int(truth[0, 0].sum((0, 2)).argmax())
-fig, axes = plt.subplots(4, 4, figsize=(9, 6.6), layout="constrained")
+fig, axes = plt.subplots(4, 4, figsize=(8, 6.6), layout="constrained")
 inputs = (("CT", slab[0, 0], "gray"), ("noise in its place", noisy[0, 0], "gray"), ("PET", slab[0, 1], "gray_r"))
 for ax, (title, image, cmap) in zip(axes[:, 0], inputs):
     ax.imshow(image[:, y].T, origin="lower", cmap=cmap, vmax=0.7 if title == "PET" else 1)

@@ -84,7 +84,7 @@ print(f"dice_ce {losses.dice_ce(logits, labels):.4f}, their sum")
 
 # %% [markdown]
 # **Your turn.** Voxel 1 becomes certain, $p_1 = 1$. Which of the two losses falls more? And what if voxel 1 becomes 0.01 instead, which
-# one rises more? Guess, then change `p` above. (For $p_1=0.01$: the Dice loss doubles, to 0.45; CE grows more than five-fold, to 1.29.
+# one rises more? Guess, then change `p` above. (For $p_1=0.01$: the Dice loss doubles, to 0.45; CE grows nearly five-fold, to 1.29.
 # One bad voxel can cost CE as much as you like, and Dice at most its share of the overlap.)
 
 # %%
@@ -246,7 +246,7 @@ fig, (left, right_) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for s, style in ((1e-5, "-"), (1.0, "--")):
     left.semilogx(P_, 1 - s / (P_ + s), style, color=DICE, lw=2, label=f"s = {s:g}")
     right_.loglog(P_, s / (P_ + s) ** 2, style, color=DICE, lw=2, label=f"Dice, s = {s:g}")
-right_.axhline(1 / N, color=CE, lw=2, label="CE, at most (96³ voxels)")
+right_.axhline(1 / N, color=CE, lw=2, label="CE, where p is small")
 left.set(title="Dice loss of an empty truth", xlabel="P, predicted voxels in all")
 right_.set(title="how hard it pulls P down", xlabel="P, predicted voxels in all", ylim=(1e-12, 1e6))
 left.legend()
@@ -324,8 +324,8 @@ print(f"as sure and as wrong as fp16 can be: loss {value.item():.0f} ({value.dty
 # synthetic patient (`phantom.py` draws it, `preprocess` scales it to values of 0 to 1):
 
 # %%
-phantom.write_petct("cache/tutorials/petct", 2, spacing=(6.0, 6.0, 6.0))
-study = data.preprocess(data.find_petct("cache/tutorials/petct")[0], data.Recipe(spacing=(6.0, 6.0, 6.0)))
+phantom.write_petct("cache/tutorials/petct-6mm", 2, spacing=(6.0, 6.0, 6.0))
+study = data.preprocess(data.find_petct("cache/tutorials/petct-6mm")[0], data.Recipe(spacing=(6.0, 6.0, 6.0)))
 middle_ = np.median(study["foreground"], axis=0).astype(int)
 patch = data.read_region(study["image"], middle_ - 24, (48, 48, 48)).astype(np.float32)
 label = data.read_region(study["label"], middle_ - 24, (48, 48, 48)).astype(np.int64)

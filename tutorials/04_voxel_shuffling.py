@@ -357,9 +357,9 @@ for ax, how, where, color in ((axes[0], "noise", slice(None), NOISE), (axes[1], 
 plt.show()
 
 # %% [markdown]
-# From noise to a blurred body in 100 steps; and, to be honest about it, not yet better than the best of five Gaussian filters. In the
-# cubes both beat the cube's mean (0.048), because they let the surroundings flow in. What the shuffle really asks for, to know what
-# belongs in a place, is not learned from sixteen patients in 100 steps. The paper trains for 400 epochs.
+# From noise to a blurred body in 100 steps; and, to be honest about it, not yet better than the best of a few Gaussian filters. In the
+# cubes network and filter beat the cube's mean (0.048), because they let the surroundings flow in. What the shuffle really asks for, to
+# know what belongs in a place, is not learned from sixteen patients in 100 steps. The paper trains for 400 epochs.
 #
 # **Your turn.** What does a network that was trained on one corruption do with the other? Guess the table before you look: rows are
 # what a network was trained on, columns what it is given.
