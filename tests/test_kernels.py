@@ -114,7 +114,7 @@ def test_a_short_training_is_the_same_with_kernels_and_without(use):
 
 
 @pytest.mark.parametrize("path", ["plain", "triton"])
-@pytest.mark.parametrize("version", ["v3", "v4"])
+@pytest.mark.parametrize("version", ["v3", pytest.param("v4", marks=pytest.mark.slow)])
 def test_a_train_step_compiles_to_one_graph(use, version, path):
     """Network and loss, forward and backward, with fullgraph=True: a graph break would be an error. The loss and gradients stay."""
     use(path)
