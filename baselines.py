@@ -402,6 +402,7 @@ class PreActivationBlock(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
+    """Of 8 groups, or of as many as divide both 8 and the channels."""
     return nn.GroupNorm(gcd(8, channels), channels)
 
 

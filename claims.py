@@ -109,6 +109,7 @@ CLAIMS = [
 
 
 def systems_of(claim: Claim) -> set[str]:
+    """The names of the systems that its orders compare."""
     return {name for o in claim.orders for name in (o.better, o.worse)}
 
 
@@ -203,6 +204,7 @@ AUC = "ill or healthy: AUC, accuracy"
 
 
 def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
 
 

@@ -79,6 +79,7 @@ class Run:
 
 
 def digest(*things) -> str:
+    """Twelve hexadecimal digits that name what JSON can hold."""
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:12]
 
 
@@ -242,15 +243,18 @@ def start(run: Run, slot: int, jobs: int) -> subprocess.Popen:
 
 
 def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_line(path: Path) -> str:
+    """Of a log, the last line that says something; a progress bar's rewritings are lines."""
     lines = path.read_text(errors="replace").replace("\r", "\n").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing in its log")
 
 
 def clock(seconds: float) -> str:
+    """A time as people say it."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
 
@@ -324,6 +328,7 @@ def options_of(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def show_list() -> None:
+    """--list: claims, their systems, and each system's options of train.py."""
     for c in claims.CLAIMS:
         print(f"{c.number}  {c.text}" + (" (--preset paper)" if c.paper else ""))
         print(f"   {c.data}: {', '.join(e.name for e in claims.EXPERIMENTS if e.name in claims.systems_of(c) and e.data == c.data)}")

@@ -191,8 +191,8 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
     b, c = logits.shape[:2]
     sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
     for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
-        t = room[0].view(y.shape).copy_(y)  # of int64 labels, half as much to look through
-        low, high = t.aminmax()
+        labels = room[0].view(y.shape).copy_(y) if c == 2 else y  # two classes go on with the copy
+        low, high = labels.aminmax()
         if low < 0 or high >= c:
             low, high = (int(v) for v in y.aminmax())
             raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
@@ -276,7 +276,7 @@ def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_ind
             torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)  # times p (1 - p)
             p.sub_(t)
             if kept is not None:
-                p.mul_(kept), g.mul_(kept)
+                room[1:] *= kept.flatten()
             torch.addcmul(g, p, t.mul_(v_step).add_(v0) if v_step else v[0], out=out[1])
             torch.neg(out[1], out=out[0])
         else:
