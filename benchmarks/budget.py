@@ -37,19 +37,47 @@ FIELDS = ("kernel", "target", "registers", "spilled", "shared", "load_widest", "
 
 def budget(file: str, index: int, target: str) -> dict:
     """Compile one spec of one file for one target: a row of the table, with "wanted" and "ok"."""
+    spec = import_module(f"kernels.{file}").compile_specs()[index]
+    registers, spilled, shared, loads, stores = compiled(spec["kernel"], spec["arguments"], target)
+    row = dict(zip(FIELDS, (spec["name"], target, registers, spilled, shared, *extremes(loads), *extremes(stores))))
+    wanted = spec.get("vector_bits", 0 if ODD.match(spec["name"]) else NARROW.get(spec["kernel"].__name__, 128))
+    wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
+    return row | {"ok": spilled == 0 and row["load_widest"] >= wanted[0] and row["store_widest"] >= wanted[1], "wanted": wanted}
+
+
+def compiled(kernel, arguments: dict, target: str) -> tuple[int, int, int, list[int], list[int]]:
+    """Registers, bytes spilled, shared memory, and widths in bits of the loads and stores of a launch with these arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    spec = import_module(f"kernels.{file}").compile_specs()[index]
-    source = ASTSource(fn=spec["kernel"], signature=spec["signature"], constexprs=spec["constexprs"], attrs=spec["attrs"])
-    compiled = compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": spec["num_warps"]})
-    read = nvidia if target.startswith("sm_") else amd
-    registers, spilled, loads, stores = read(compiled.asm)
-    values = (spec["name"], target, registers, spilled, compiled.metadata.shared, *extremes(loads), *extremes(stores))
-    wanted = spec.get("vector_bits", 0 if ODD.match(spec["name"]) else NARROW.get(spec["kernel"].__name__, 128))
-    wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
-    row = dict(zip(FIELDS, values))
-    return row | {"ok": spilled == 0 and row["load_widest"] >= wanted[0] and row["store_widest"] >= wanted[1], "wanted": wanted}
+    source, options = ASTSource(fn=kernel, **specialised(kernel, arguments)), {"num_warps": arguments.get("num_warps", 4)}
+    code = compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    registers, spilled, loads, stores = (nvidia if target.startswith("sm_") else amd)(code.asm)
+    return registers, spilled, code.metadata.shared, loads, stores
+
+
+def specialised(kernel, arguments: dict) -> dict:
+    """Signature, constants and alignments, as Triton takes them from a launch's arguments: an integer 1 is a constant, multiples of 16
+    are marked, and so are pointers, which PyTorch aligns."""
+    constexprs, attrs = {}, {}
+
+    def describe(path: tuple, value, constant: bool, annotation: str):
+        if isinstance(value, tuple):
+            return tuple(describe((*path, i), v, constant, annotation) for i, v in enumerate(value))
+        if constant or value is None or isinstance(value, int) and value == 1:
+            constexprs[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return annotation or "fp32"
+        if not isinstance(value, int) or value % 16 == 0:
+            attrs[path] = [["tt.divisibility", 16]]
+        if isinstance(value, int):
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        name = str(value.dtype).removeprefix("torch.")  # uint8 -> *u8, bfloat16 -> *bf16, float32 -> *fp32, int64 -> *i64
+        return "*" + name.replace("uint", "u").replace("bfloat", "bf").replace("float", "fp").replace("int", "i")
+
+    signature = {p.name: describe((p.num,), arguments.get(p.name, p.default), p.is_constexpr, p.annotation_type) for p in kernel.params}
+    return {"signature": signature, "constexprs": constexprs, "attrs": attrs}
 
 
 def extremes(widths: list[int]) -> tuple[int, int]:

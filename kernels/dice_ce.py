@@ -49,7 +49,7 @@ float64 and derives loss, Dice and coefficients. No atomics, so that equal input
 """
 
 from itertools import pairwise, product
-from math import isfinite
+from math import isfinite, log
 
 import torch
 import torch.distributed as dist
@@ -146,7 +146,7 @@ def _checked(logits: Tensor, target: Tensor, class_weight: Tensor | None, sync: 
 
 # ------------------------------------------------------------------------------------------- the same by hand, in plain PyTorch
 
-CHUNK = 1 << 18, 1 << 22  # logits at a time: what fits one thread's cache; with several threads more, as each step wakes them all
+CHUNK = 1 << 18, 1 << 20  # logits at a time: what fits one thread's cache; with several threads more, as each step wakes them all
 
 
 def dice_ce_plain(
@@ -201,36 +201,47 @@ def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weight
             t, log_p = _one_hot(x, y, kept), F.log_softmax(x, 0)
             nll = log_p.gather(0, y.long()[None]).neg_()
             p = log_p.exp_() if kept is None else log_p.exp_().mul_(kept)
-            part = torch.stack([_sum(rows, y) for rows in (p * t, p, t, nll * t)])
+            part = torch.stack([_sum(rows.flatten(1)) for rows in (p * t, p, t, nll * t)])
         sums[:, :, sample] += part
     return sums
 
 
 def _two_class_sums(x: Tensor, y: Tensor, kept: Tensor | None, room: Tensor, weighted: bool) -> Tensor | None:
     """(4, 2) sums of one slab by the formulas for two classes, room[0] holding its labels; None where e^z leaves floating point's range."""
-    (l0, l1), (t, q, nll) = x.unbind(), room.view(3, *y.shape).unbind()
+    (l0, l1), (t, q, denominator) = x.unbind(), room.view(3, *y.shape).unbind()
     torch.sub(l1, l0, out=q)
-    q.addcmul_(q, t, value=-2).exp_()  # e^z
-    torch.add(q, 1, out=nll)
-    q.div_(nll)
-    nll.log_()
+    q.addcmul_(q, t, value=-2).mul_(1 / log(2)).exp2_()  # e^z; 2^x is twice as fast as e^x here
     if kept is not None:
-        room[1:] *= kept.flatten()
-    t1, wrong, n_all = _sum(room, y).tolist()
+        q.mul_(kept)
+    # Without class weights it does not matter for which class a voxel's cross entropy is counted.
+    n1 = _sum_log(torch.addcmul(torch.ones_like(q), q, t)) if weighted else 0.0
+    torch.add(q, 1, out=denominator)
+    q.div_(denominator)
+    n_all = _sum_log(denominator)
+    t1, wrong = _sum(room[:2]).tolist()
     if not isfinite(wrong + n_all):
         return None
-    # Without class weights it does not matter for which class a voxel's cross entropy is counted.
-    n1 = _sum(nll.mul_(t), y).item() if weighted else 0.0
-    wrong1 = _sum(q.mul_(t), y).item()
+    wrong1 = _sum(q.mul_(t).view(-1)).item()
     t0, wrong0 = float(y.numel() if kept is None else kept.sum()) - t1, wrong - wrong1
     right0, right1 = t0 - wrong0, t1 - wrong1
     part = [[right0, right1], [right0 + wrong1, right1 + wrong0], [t0, t1], [n_all - n1, n1]]
     return torch.tensor(part, dtype=torch.float64, device=x.device)
 
 
-def _sum(rows: Tensor, y: Tensor) -> Tensor:
-    """Sum of each row over the voxels of a slab: layer by layer, and those in float64."""
-    return rows.reshape(-1, len(y), y[0].numel()).sum(2).sum(1, dtype=torch.float64)
+def _sum_log(factors: Tensor) -> float:
+    """Sum of logarithms, taken of products of four, as one costs as much as some ten products; overwrites the factors."""
+    flat = factors.view(-1)
+    whole = flat.numel() // 4 * 4
+    for half in (whole // 2, whole // 4):
+        flat[:half].mul_(flat[half : 2 * half])
+    return (_sum(flat[: whole // 4].log_()) + _sum(flat[whole:].log_())).item()
+
+
+def _sum(numbers: Tensor) -> Tensor:
+    """Sum along the last axis: stretch by stretch, and those in float64."""
+    whole = numbers.shape[-1] // 8192 * 8192
+    stretches = numbers[..., :whole].unflatten(-1, (-1, 8192)).sum(-1)
+    return stretches.sum(-1, dtype=torch.float64) + numbers[..., whole:].sum(-1, dtype=torch.float64)
 
 
 def _one_hot(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
@@ -696,10 +707,7 @@ _dice_ce.register_autograd(_backward, setup_context=_keep)
 
 
 def compile_specs() -> list[dict]:
-    """The launches that matter, as triton.compile wants them, so that their machine code can be looked at without a GPU.
-
-    Not under the interpreter. They are the real launches, of tensors on the meta device.
-    """
+    """The launches that matter, of tensors that have shapes alone (device meta): for compiling them ahead of time, without a GPU."""
     specs = []
     layouts = {"ncdhw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
     for dtype, (layout, memory_format), c in product((torch.float32, torch.bfloat16), layouts.items(), (2, 3, 4, 8)):
@@ -712,27 +720,6 @@ def compile_specs() -> list[dict]:
             partials = args["partials"].flatten(2).unsqueeze(2)
             launches["finish"] = _finish_launch(partials, None, dtype, False, 1e-5, 1e-5, 1.0, 1.0, 1)[::2]
         for name, (kernel, args) in launches.items():
-            specs.append(
-                {"name": f"dice_ce {name} C={c} {str(dtype)[6:]} {layout}", "kernel": kernel, "num_warps": WARPS}
-                | _specialised(kernel, args)
-            )
+            name = f"dice_ce {name} C={c} {str(dtype)[6:]} {layout}"
+            specs.append({"name": name, "kernel": kernel, "arguments": args | {"num_warps": WARPS}})
     return specs
-
-
-def _specialised(kernel, args: dict) -> dict:
-    """As Triton specialises a launch: an integer 1 is a constant, multiples of 16 are marked, and so are pointers, which PyTorch aligns."""
-    signature, constexprs, attrs = {}, {}, {}
-    for i, param in enumerate(kernel.params):
-        value = args[param.name]
-        if isinstance(value, Tensor):
-            name = str(value.dtype).removeprefix("torch.")  # uint8 -> *u8, bfloat16 -> *bf16, float32 -> *fp32, int64 -> *i64
-            signature[param.name] = "*" + name.replace("uint", "u").replace("bfloat", "bf").replace("float", "fp").replace("int", "i")
-        elif isinstance(value, float):
-            signature[param.name] = "fp64"
-        elif param.is_constexpr or value is None or value == 1:
-            signature[param.name], constexprs[param.name] = "constexpr", value
-        else:
-            signature[param.name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, Tensor) or signature[param.name] in ("i32", "i64") and value % 16 == 0:
-            attrs[i,] = [["tt.divisibility", 16]]
-    return {"signature": signature, "constexprs": constexprs, "attrs": attrs}

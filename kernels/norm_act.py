@@ -493,28 +493,8 @@ def compile_specs() -> list[dict]:
                 _, stats, forward = _forward_launches(x, w, w, s, 1.0, x, 1e-5)
                 for kernel, _, arguments in forward + _backward_launches(x, x, w, w, s, 1.0, stats)[2]:
                     name = f"norm_act{kernel.__name__} {dtype} {'NCDHW' if layout == torch.contiguous_format else 'channels_last'} C={c}"
-                    specs.append({"name": name.replace("torch.", ""), "kernel": kernel} | _spec(kernel, arguments))
+                    specs.append({"name": name.replace("torch.", ""), "kernel": kernel, "arguments": arguments})
     return specs
-
-
-def _spec(kernel, arguments: dict) -> dict:
-    """Signature, constants and alignments as Triton takes them from a launch's arguments."""
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    signature, constexprs, attrs = {}, {}, {}
-
-    def describe(path, value, constant=False):
-        if isinstance(value, tuple):
-            return tuple(describe((*path, i), v) for i, v in enumerate(value))
-        if constant or value is None or isinstance(value, int) and value == 1:
-            constexprs[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor) or value % 16 == 0:
-            attrs[path] = [["tt.divisibility", 16]]
-        return types[value.dtype] if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
-
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = describe((i,), arguments[name], constant=name.isupper())
-    return {"signature": signature, "constexprs": constexprs, "attrs": attrs, "num_warps": arguments["num_warps"]}
 
 
 @torch.library.custom_op("mirror_unet::norm_act", mutates_args=())

@@ -210,10 +210,8 @@ if triton is not None:
             tl.store(y + place, tl.load(x + source, mask=mask, other=0), mask=mask)
 
 
-def _launch(x: Tensor, cubes: Tensor, size: int, inverse: bool) -> Tensor:
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
+def _arguments(x: Tensor, y: Tensor, cubes: Tensor, size: int, inverse: bool) -> tuple[tuple[int, int, int], dict]:
+    """Grid and arguments of the kernel."""
     batch, channels, depth, height, width = x.shape
     inner = channels if y.stride(1) == 1 and y.is_contiguous(memory_format=torch.channels_last_3d) else 1
     voxel = (height * width * inner, width * inner, inner)  # strides (d, h, w) inside a run
@@ -223,38 +221,35 @@ def _launch(x: Tensor, cubes: Tensor, size: int, inverse: bool) -> Tensor:
     dense = dense and (inner == 1 or x.stride(1) == 1)
     word = _WORDS[x.element_size()]
     block = min(_BYTES // max(x.element_size(), 2), triton.next_power_of_2(run))
-    _shuffle_kernel[(triton.cdiv(run, block), outer, batch)](
-        x.view(word), y.view(word), cubes, cubes.shape[1], height, width, run, *x.stride(), *y.stride(),
-        INNER=inner, SIZE=size, INVERSE=inverse, DENSE=dense, WIDE=run + block > 2**31, BLOCK=block,
-    )  # fmt: skip
+    args = {"x": x.view(word), "y": y.view(word), "cubes": cubes, "N": cubes.shape[1], "H": height, "W": width, "run": run}
+    args |= {name + axis: stride for name, t in (("x", x), ("y", y)) for axis, stride in zip("bcdhw", t.stride())}
+    args |= {"INNER": inner, "SIZE": size, "INVERSE": inverse, "DENSE": dense, "WIDE": run + block > 2**31, "BLOCK": block}
+    return (triton.cdiv(run, block), outer, batch), args
+
+
+def _launch(x: Tensor, cubes: Tensor, size: int, inverse: bool) -> Tensor:
+    y = torch.empty_like(x)
+    if x.numel():
+        grid, args = _arguments(x, y, cubes, size, inverse)
+        _shuffle_kernel[grid](**args)
     return y
 
 
 def compile_specs() -> list[dict]:
-    """How `_launch` calls the kernel, for compiling it ahead of time: four-byte and two-byte elements, runs of one channel and of two."""
+    """Launches on tensors that have shapes alone (device meta), for compiling them ahead of time; three sizes of element, both layouts."""
     specs = []
-    for bits, inner, dense in ((32, 1, True), (32, 2, True), (16, 1, True), (16, 2, True), (8, 1, True), (32, 1, False)):
-        word = f"i{bits}"
-        signature = {"x": f"*{word}", "y": f"*{word}", "cubes": "*i64"} | dict.fromkeys(("N", "H", "W", "run"), "i32")
-        signature |= {t + axis: "i32" for t in "xy" for axis in "bcdhw"}
-        # Triton turns an argument that is 1 into a constant, and knows of the others whether 16 divides them.
-        constexprs = dict.fromkeys(("xw", "yw") if inner == 1 else ("xc", "yc"), 1) | {"INNER": inner, "SIZE": 16, "INVERSE": False}
-        constexprs |= {"DENSE": dense, "WIDE": False, "BLOCK": 4096 // max(bits // 8, 2), "ROUNDS": ROUNDS}
-        signature |= dict.fromkeys(constexprs, "constexpr")
-        sixteens = ["x", "y", "cubes", "H", "W", "run", "xb", "xd", "xh", "yb", "yd", "yh"] + ["xc", "yc"] * (inner == 1)
-        specs.append(
-            {
-                "name": f"voxel_shuffle {word} {'NCDHW' if inner == 1 else 'channels_last'}{'' if dense else ' strided'}",
-                "kernel": _shuffle_kernel,
-                "signature": signature,
-                "constexprs": constexprs,
-                "attrs": {(list(signature).index(name),): [["tt.divisibility", 16]] for name in sixteens},
-                "num_warps": 4,
-                "vector_bits": (128 if dense else bits, 128)
-                if bits > 8
-                else (64, 64),  # widest load, store; strided views are read one by one
-            }
-        )
+    layouts = {"NCDHW": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+    cubes = torch.empty(2, 3, 4, dtype=torch.int64, device="meta")
+    cases = [(torch.float32, name, True) for name in layouts] + [(torch.bfloat16, name, True) for name in layouts]
+    for dtype, layout, dense in [*cases, (torch.uint8, "NCDHW", True), (torch.float32, "NCDHW", False)]:
+        x = torch.empty(2, 2, 96, 96, 96, dtype=dtype, device="meta").to(memory_format=layouts[layout])
+        y, bits = torch.empty_like(x), 8 * x.element_size()
+        if not dense:
+            x = torch.empty(2, 2, 96, 96, 192, dtype=dtype, device="meta")[..., ::2]
+        spec = {"name": f"voxel_shuffle i{bits} {layout}{'' if dense else ' strided'}", "kernel": _shuffle_kernel}
+        spec["arguments"] = _arguments(x, y, cubes, 16, False)[1]
+        # Of loads, of stores: strided views are read one by one, and bytes eight at a time.
+        specs.append(spec | {"vector_bits": (64, 64) if bits == 8 else (128 if dense else bits, 128)})
     return specs
 
 

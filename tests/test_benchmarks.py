@@ -181,7 +181,7 @@ def test_every_kernel_stays_within_the_budget_on_every_target(tmp_path):
 
 KERNEL = """
 import sys
-import triton, triton.language as tl
+import torch, triton, triton.language as tl
 
 @triton.jit
 def copy(x, y, n, BLOCK: tl.constexpr):
@@ -189,9 +189,8 @@ def copy(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + at, tl.load(x + at, mask=at < n, other=0), mask=at < n)
 
 def compile_specs():
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)} if "aligned" in sys.argv else {}
-    signature = {"x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr"}
-    return [{"name": "copy", "kernel": copy, "signature": signature, "constexprs": {"BLOCK": 1024}, "attrs": aligned, "num_warps": 4}]
+    x = torch.empty(1 << 20 if "whole" in sys.argv else 1000003, device="meta")
+    return [{"name": "copy", "kernel": copy, "arguments": {"x": x, "y": x, "n": len(x), "BLOCK": 1024}}]
 """
 CHECK = """
 import sys
@@ -204,10 +203,10 @@ for target in budget.TARGETS:
 """
 
 
-@pytest.mark.parametrize("pointers,expected", [("aligned", "True 128 128 128 128 0\n"), ("unaligned", "False 32 32 32 32 0\n")])
-def test_the_budget_sees_wide_accesses_and_fails_narrow_ones(tmp_path, pointers, expected):
+@pytest.mark.parametrize("vectors,expected", [("whole", "True 128 128 128 128 0\n"), ("broken", "False 32 32 32 32 0\n")])
+def test_the_budget_sees_wide_accesses_and_fails_narrow_ones(tmp_path, vectors, expected):
     (tmp_path / "copy_kernel.py").write_text(KERNEL)
-    done = python("-c", CHECK, str(tmp_path), pointers)
+    done = python("-c", CHECK, str(tmp_path), vectors)
     assert done.stdout == expected * 4, done.stdout + done.stderr
 
 
