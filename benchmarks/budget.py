@@ -81,6 +81,7 @@ def specialised(kernel, arguments: dict) -> dict:
 
 
 def extremes(widths: list[int]) -> tuple[int, int]:
+    """Widest and narrowest, 0 where there is none."""
     return max(widths, default=0), min(widths, default=0)
 
 
@@ -119,6 +120,7 @@ def amd(asm: dict) -> tuple[int, int, list[int], list[int]]:
 
 
 def table(targets=tuple(TARGETS), match: str = "") -> list[dict]:
+    """A row for each target and each spec whose name matches, compiled by as many processes as there are cores."""
     specs = [(f, i, spec["name"]) for f in FILES for i, spec in enumerate(import_module(f"kernels.{f}").compile_specs())]
     jobs = [(f, i, t) for f, i, name in specs if re.search(match, name) for t in targets]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

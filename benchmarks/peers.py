@@ -65,6 +65,7 @@ def eager_dice_ce(logits, labels):
 
 
 def eager_norm_act(x, weight, bias, slope, residual=None):
+    """PyTorch's instance norm and PReLU, one after the other."""
     y = F.prelu(F.instance_norm(x, weight=weight.to(x.dtype), bias=bias.to(x.dtype)), slope.to(x.dtype))
     return y if residual is None else y + residual
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import claims  # noqa: E402
 import kernels  # noqa: E402
 from baselines import NAMES, build  # noqa: E402
 from mirror_unet import VERSIONS, MirrorUNet  # noqa: E402
@@ -50,10 +51,13 @@ def measure(data: str, name: str, options: dict, channels=(16, 32, 64, 128, 256)
             flops.append(round(counter.get_total_flops() / 1e9, 2))
     title = name + "".join(f" --{key} {value}" for key, value in options.items())
     parameters = sum(p.numel() for p in net.parameters())
-    return dict(zip(FIELDS, (data, title, "+".join(net.reads).upper(), parameters, *flops), strict=True))
+    images = {"ct": "T2w", "pet": "FLAIR"} if data == "brain" else {"ct": "CT", "pet": "PET"}
+    reads = "+".join(images[branch] for branch in net.reads)
+    return dict(zip(FIELDS, (data, title, reads, parameters, *flops), strict=True))
 
 
 def table() -> list[dict]:
+    """Every row, in the order of `systems`."""
     kernels.use("plain")  # Triton's kernels want real tensors
     try:
         return [measure(*system) for system in systems()]
@@ -62,8 +66,8 @@ def table() -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    head = ["| " + " | ".join(FIELDS) + " |", "|---" * len(FIELDS) + "|"]
-    return "\n".join(head + ["| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) + " |" for row in rows])
+    """The table of results/README.md."""
+    return claims.table(list(FIELDS), [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows])
 
 
 def main(argv=None) -> None:

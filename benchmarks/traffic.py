@@ -38,7 +38,9 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 @dataclass
 class Traffic:
-    read: int = 0  # bytes
+    """What one operation, or several, moved: bytes read, bytes written, launches."""
+
+    read: int = 0
     written: int = 0
     launches: int = 0
 
@@ -51,6 +53,7 @@ class Traffic:
 
 
 def total(counted: dict[str, Traffic]) -> Traffic:
+    """All operations together."""
     return sum(counted.values(), Traffic())
 
 

@@ -234,12 +234,8 @@ def test_the_table_of_systems_is_what_the_script_computes():
     assert [(r["data"], r["system"]) for r in rows] == every
     kernels.use("plain")
     try:
-        for i in (
-            0,
-            every.index(("petct", "joint --tasks v1 --skips both")),
-            every.index(("petct", "nnunet")),
-            every.index(("brain", "v2-rec")),
-        ):
+        for row in ("petct", "v1"), ("petct", "joint --tasks v1 --skips both"), ("petct", "nnunet"), ("brain", "v2-rec"):
+            i = every.index(row)
             assert {k: str(v) for k, v in systems.measure(*systems.systems()[i]).items()} == rows[i]
     finally:
         kernels.use()
