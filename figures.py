@@ -142,9 +142,11 @@ def systems(rows: dict[str, dict[str, tuple[float, float, float] | None]], out: 
             if values[measure]:
                 mean, low, high = values[measure]
                 axis.plot([low, high], [y, y], color="C0", lw=2, solid_capstyle="butt")
-                axis.plot(mean, y, "o", color="C0", ms=5)
+                axis.plot(mean, y, "o", color="C0", ms=5, clip_on=False)
         if "difference" in measure:
             axis.axvline(0, color="0.5", lw=0.8)
+        elif measure.endswith("ml"):
+            axis.set_xlim(left=0, right=None if any(v[measure] and v[measure][2] for v in rows.values()) else 1)
         axis.set_title(measure, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
