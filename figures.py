@@ -148,6 +148,7 @@ def systems(rows: dict[str, dict[str, tuple[float, float, float] | None]], out: 
         elif measure.endswith("ml"):
             axis.set_xlim(left=0, right=None if any(v[measure] and v[measure][2] for v in rows.values()) else 1)
         axis.set_title(measure, fontsize=10)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
     with whole(out) as part:
