@@ -243,7 +243,7 @@ def compare_systems(rows: list[dict], target: str, picture: Path) -> str:
         done, total = len({r["run"] for r in mine}), int(mine[0]["folds"]) * len({r["seed"] for r in mine})
         folds = f"{done} of {total}" + (", incomplete" if done < total else "")
         lines.append({"system": name, "folds": folds, "cases": len({r["case"] for r in mine})} | found | {AUC: patients_told_apart(mine)})
-        bars[name] = {
+        bars[name if done == total else f"{name}, {lines[-1]['cases']} cases"] = {
             what: found[what] and (found[what].mean, *interval(found[what].draws)) for what in ("Dice", paired, "FPV ml", "FNV ml")
         }
     figures.systems(bars, picture)
