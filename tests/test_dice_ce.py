@@ -501,13 +501,19 @@ def test_two_processes_equal_one_with_both_their_batches(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- the code for real GPUs
 
-# What a launch may look like beside those of compile_specs (tests/test_benchmarks.py): a size of 1, strides, groups, labels of all kinds.
 COMPILE = """
 import importlib, sys, torch
 sys.path.append("benchmarks")
 import budget
 m = importlib.import_module("kernels.dice_ce")
 
+# The budget looks at the widest load alone; several of these read the volume.
+for spec in m.compile_specs():
+    if "C=2" in spec["name"]:
+        loads = budget.compiled(spec["kernel"], spec["arguments"], "sm_80")[3]
+        assert loads.count(128) >= 5, f"{spec['name']}: logits are not read 128 bits at a time"
+
+# What a launch may look like otherwise (the budget has their spills): a size of 1, strides, groups, labels and indices of all kinds.
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -529,7 +535,7 @@ for name, x, y, ignore in (
 """
 
 
-def test_launches_of_every_kind_compile_for_gpus_without_spills():
+def test_kernels_compile_for_gpus_without_spills_and_read_128_bits_at_a_time():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
