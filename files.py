@@ -24,6 +24,10 @@ def program(main: Callable[[list[str]], None]) -> None:
     """Run a program's main on the command line; what the user can mend becomes one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head` has read enough; the interpreter flushes once more at its end, so give it another stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

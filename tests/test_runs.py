@@ -379,3 +379,11 @@ def test_an_error_from_a_loader_or_a_preprocessing_process_is_the_same_sentence(
     done = call([*args, "--out", tmp_path / "r"])
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")] and data.find_petct(tmp_path / "in")
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    """`replicate.py --list | head`: no traceback."""
+    process = start(["--list"], program="replicate.py", stdout=(pipe := os.pipe())[1])
+    os.close(pipe[0])
+    os.close(pipe[1])
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 1
