@@ -52,7 +52,8 @@ PRESETS = {
     },
     "paper": {"petct": "--data petct --preset autopet", "brain": "--data brain --preset brats"},
 }
-MINUTES = 5.0  # of one core, a run of the laptop preset: the first estimate
+MINUTES, HEAVY_MINUTES = 5, 30  # of one core, a run of the laptop preset: the first estimate
+HEAVY = ("nnunet", "blackbean", "segresnet")  # full resolution from the first layer on
 MACHINE = {"root", "cache", "splits", "folds", "out", "device", "workers", "kernels", "compile", "channels_last", "checkpoint_minutes",
            "overwrite", "resume"}  # fmt: skip  # options that make no other run
 
@@ -357,7 +358,9 @@ def main(argv: list[str]) -> None:
         for run in todo:
             print(f"   {run.title}" + (" (goes on)" if (run.folder / "last.pt").exists() else ""))
         if a.preset == "laptop" and todo:
-            print(f"about {clock(60 * MINUTES * math.ceil(len(todo) / jobs))} at {MINUTES:g} minutes of one core a run", flush=True)
+            minutes = [HEAVY_MINUTES if run.experiment.name in HEAVY else MINUTES for run in todo]
+            about = clock(60 * max(sum(minutes) / jobs, max(minutes)))
+            print(f"about {about} at {MINUTES} minutes of one core a run ({', '.join(HEAVY)}: {HEAVY_MINUTES})", flush=True)
         failed = run_all(todo, jobs, a.results, a.runs / "lock")
     for source in sources:
         if path := claims.report(a.results, source):

@@ -94,7 +94,7 @@ FAKE = """
     with open(folder / "validation.csv", "w") as f:
         f.write("case,target,dice,fpv_ml,fnv_ml,pred_ml,truth_ml,has_tumor,tumor_score\\n")
         for case in ("c", "d") if fold == "0" else ("a", "b"):
-            f.write(f"{case},seg,0.{ord(case)}{model[-1]},0.1234567890123456,,3,4,True,\\n")
+            f.write(f"{case},seg,0.{ord(case)}{ord(model[-1])},0.1234567890123456,,3,4,True,\\n")
 """
 
 
@@ -132,6 +132,13 @@ def test_a_run_that_ended_is_never_repeated_and_other_options_are_another_run(fa
     want = {"case": "c", "fpv_ml": "0.1234567890123456", "fnv_ml": "", "steps": "7", "seconds": "1.5", "folds": "2", "ct_clean": ""}
     assert want.items() <= one.items() and "--model v2 --fold 0 --seed 0" in one["options"] and len(one["commit"]) >= 7
     assert "## Study" in Path("results/demo.md").read_text() and Path("results/demo.png").exists()
+
+
+def test_the_first_estimate_knows_the_networks_of_full_resolution(fake, capsys):
+    fake("--claims", "5", "--only", "v1", "v2", "nnunet", "--folds", "0", "1")
+    assert "about 40 min at 5 minutes" in capsys.readouterr().out  # (4 x 5 + 2 x 30) / 2
+    fake("--claims", "5", "--only", "v3", "blackbean", "--jobs", "5")
+    assert "about 30 min at 5 minutes" in capsys.readouterr().out  # the longest
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(fake, capsys):
