@@ -521,11 +521,10 @@ class Run:
     def compare_threshold(self) -> None:
         """A line below the table: the same held-out studies, segmented by the best threshold on SUV."""
         best, rows = suv_threshold(self.train_cases, self.val_cases)
-        low, high = self.c.suv_window
         summary = {k: mean_of(rows, k) for k in ("dice", "fpv_ml", "fnv_ml")}
-        self.log({"step": self.step, "suv_threshold": low + best * (high - low), **summary})
+        self.log({"step": self.step, "suv_threshold": best, **summary})
         numbers = f"Dice {summary['dice']:.3f}, FPV {summary['fpv_ml']:.1f} ml, FNV {summary['fnv_ml']:.1f} ml"
-        print(f"for comparison, SUV > {low + best * (high - low):.1f}, the best threshold on the training studies: {numbers}")
+        print(f"for comparison, SUV > {best:.1f}, the best threshold on the training studies: {numbers}")
 
     def draw(self, rows: list[dict]) -> None:
         """validation.png: the best, the middle and the worst case."""

@@ -208,21 +208,28 @@ def test_outside_the_network_grid_there_is_nothing():
     assert to_original(np.ones((10, 10, 10), np.float32), np.eye(4), like).min() == 1
 
 
-def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path):
-    """Tumour at SUV 6, a hot organ at 9 that is none: the best single threshold lies below both, and pays with false positives."""
+@pytest.mark.parametrize(
+    "tumour, organ, low, dice, fpv",
+    [
+        (6, 9, 0.3, 2 * 512 / (576 + 512), 64 * 0.012),  # the organ is hotter: the best threshold pays with false positives
+        (9, 6, 6, 1, 0),  # it lies between them, above the window of the network's input
+    ],
+)
+def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path, tumour, organ, low, dice, fpv):
     suv, seg = np.full((24, 24, 24), 0.3, np.float32), np.zeros((24, 24, 24), np.uint8)
     seg[4:12, 4:12, 4:12] = 1  # 512 voxels
-    suv[seg > 0] = 6
-    suv[16:20, 16:20, 16:20] = 9  # 64 voxels
+    suv[seg > 0] = tumour
+    suv[16:20, 16:20, 16:20] = organ  # 64 voxels, no tumour
     for i in range(2):
         folder = tmp_path / f"P{i}"
         folder.mkdir()
         for name, array in (("SUV", suv), ("CTres", suv * 0 + i), ("SEG", seg)):
             nib.save(nib.Nifti1Image(array, np.diag([-2.0, 2.0, 3.0, 1.0])), folder / f"{name}.nii.gz")
-    a, b = data.build_cache(data.find_petct(tmp_path), Recipe(), tmp_path / "cache", workers=1)
+    recipe = Recipe(suv_window=(0.0, 5.0), spacing=(4.0, 4.0, 6.0))  # neither its window nor its grid is the threshold's
+    a, b = data.build_cache(data.find_petct(tmp_path), recipe, tmp_path / "cache", workers=1)
     best, (row,) = suv_threshold([a], [b])
-    assert 0.3 / 15 < best <= 6 / 15
-    assert row["dice"] == pytest.approx(2 * 512 / (576 + 512)) and row["fpv_ml"] == pytest.approx(64 * 0.012)
+    assert low < best <= tumour
+    assert row["dice"] == pytest.approx(dice) and row["fpv_ml"] == pytest.approx(fpv)
 
 
 # --------------------------------------------------------------------------------------------------------- the program
