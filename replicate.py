@@ -46,8 +46,8 @@ CHEAP = "--validations 1 --overlap 0.25 --no-flips --checkpoint-minutes 0.5"
 PRESETS = {
     "laptop": {
         "petct": f"--data petct --steps 450 {CHEAP}",
-        "demo": f"--data phantom --phantoms 40 --steps 900 {CHEAP}",
-        "phantom": f"--data phantom --phantoms 100 --steps 900 {CHEAP}",
+        "demo": f"--data phantom --phantoms 40 --batch 2 --steps 900 {CHEAP}",
+        "phantom": f"--data phantom --phantoms 100 --batch 2 --steps 900 {CHEAP}",
         "brain": f"--data phantom-brain --phantoms 40 --steps 450 {CHEAP}",
     },
     "paper": {"petct": "--data petct --preset autopet", "brain": "--data brain --preset brats"},

@@ -147,7 +147,7 @@ LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optim
 PRESETS: dict[str, dict] = {
     # laptop-sized, the default of each --data
     "phantom": LAPTOP | dict(
-        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), minutes=4.8, lr=2e-3, flip_axes=(0,),
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), channels=(8, 16, 32, 64, 128), batch=4, steps=700, lr=2e-3, flip_axes=(0,),
         threshold=0.4, validations=3,
     ),
     "petct": LAPTOP | dict(
@@ -170,7 +170,7 @@ PRESETS: dict[str, dict] = {
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config: defaults < preset < the model's own recipe (--resume: the run's own config in their place) < options.
 
-    A --steps without --minutes lifts the preset's time limit.
+    A --steps without --minutes lifts the preset's time limit, and --minutes without --steps the phantom preset's number of steps.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -196,6 +196,8 @@ def parse_config(argv: list[str]) -> Config:
         base = read_config(path)
     elif preset in PRESETS:
         base = PRESETS[preset] | baselines.RECIPES.get(given.get("model", PRESETS[preset].get("model", "")), {})
+        if "minutes" in given:
+            base["steps"] = max(base["steps"], LAPTOP["steps"])
     else:
         raise UserError(f"--data {source}: use phantom, petct, brain or phantom-brain")
     if "steps" in given:

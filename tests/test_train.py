@@ -83,11 +83,16 @@ def test_the_papers_recipes_are_the_papers():
     assert (b.spacing, b.patch, b.corrupt) == ((1.0, 1.0, 1.0), (224, 224, 144), "none")
 
 
-def test_options_win_over_the_preset_and_steps_lift_its_time_limit():
+def test_options_win_over_the_preset_and_a_budget_over_its_budget():
+    budget = lambda *options: (lambda c: (c.steps, c.minutes))(parse_config([*options]))  # noqa: E731
+    petct, paper = ["--data", "petct", "--root", "x"], ["--preset", "autopet", "--root", "x"]
     assert parse_config(["--lr", "0.5"]).lr == 0.5
-    assert parse_config([]).minutes > 0
-    assert parse_config(["--steps", "7"]).minutes == 0
-    assert parse_config(["--steps", "7", "--minutes", "3"]).minutes == 3
+    steps, minutes = budget()
+    assert 0 < steps < 2000 and not minutes  # the same training, however busy the machine
+    assert budget("--steps", "7") == (7, 0) and budget("--minutes", "3") == (100_000, 3)
+    assert budget("--steps", "7", "--minutes", "3") == (7, 3)
+    assert budget(*petct) == (100_000, 12) and budget(*petct, "--steps", "7") == (7, 0) and budget(*petct, "--minutes", "3") == (100_000, 3)
+    assert budget(*paper, "--minutes", "3") == (320_000, 3)
     assert parse_config(["--share"]).share == () and parse_config(["--share", "4", "5"]).share == (4, 5)
     assert parse_config(["--no-channels-last"]).channels_last is False
 
