@@ -42,6 +42,7 @@ from metrics import write_table
 from predict import evaluating, load_model, sliding_window
 
 # What all systems of a source have in common: data and budget. "demo" stands in for PET/CT where no --root is given.
+# The phantoms' two patches a step are those of the runs in results/.
 CHEAP = "--validations 1 --overlap 0.25 --no-flips --checkpoint-minutes 0.5"
 PRESETS = {
     "laptop": {

@@ -253,9 +253,9 @@ for row, kind in zip(axes, ("false", "missed")):
 
 # %% [markdown]
 # Slices are seen from the feet, as radiologists do: the patient's left is on the right. In the run kept here the false one is a kidney,
-# whose hot middle looks like a lesion in PET, and the network is sure of it. The missed one is a small lesion beside the heart, about as dark as the
-# heart; its probability is near 0. CT could have helped with both, but v3's segmentation reads PET alone: what CT taught, it taught the
-# shared weights during training.
+# whose hot middle looks like a lesion in PET, and the network is sure of it. The missed one is a small lesion beside the heart, about as
+# dark as the heart; its probability is near 0. CT could have helped with both, but v3's segmentation reads PET alone: what CT taught, it
+# taught the shared weights during training.
 #
 # ## One error can be traded for the other
 #
