@@ -196,7 +196,7 @@ def parse_config(argv: list[str]) -> Config:
         base = read_config(path)
     elif preset in PRESETS:
         base = PRESETS[preset] | baselines.RECIPES.get(given.get("model", PRESETS[preset].get("model", "")), {})
-        if "minutes" in given:
+        if "minutes" in given:  # they are the budget, then, and not the few steps of a laptop-sized run
             base["steps"] = max(base["steps"], LAPTOP["steps"])
     else:
         raise UserError(f"--data {source}: use phantom, petct, brain or phantom-brain")

@@ -84,7 +84,10 @@ def test_the_papers_recipes_are_the_papers():
 
 
 def test_options_win_over_the_preset_and_a_budget_over_its_budget():
-    budget = lambda *options: (lambda c: (c.steps, c.minutes))(parse_config([*options]))  # noqa: E731
+    def budget(*options):
+        c = parse_config([*options])
+        return c.steps, c.minutes
+
     petct, paper = ["--data", "petct", "--root", "x"], ["--preset", "autopet", "--root", "x"]
     assert parse_config(["--lr", "0.5"]).lr == 0.5
     steps, minutes = budget()
