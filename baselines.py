@@ -7,7 +7,7 @@
     lf          late fusion                    in the probabilities         both        one segmentation a modality
     valindria   Valindria et al., WACV 2018    in the bottleneck's weights  both        one segmentation a modality, trained in turns
     multitask   multi-task without fission     as input channels            both        segmentation, CT and PET
-    joint       ours                           in the bottleneck's features both        segmentation; CT; PET; tumour?
+    joint       ours                           in the bottleneck's features both        segmentation; CT; PET; tumor?
     nnunet      Isensee et al. 2021            as input channels            both        segmentation at every resolution
     blackbean   Ye et al., AutoPET 2022        as input channels            both        segmentation
     segresnet   Myronenko 2018                 as input channels            both        segmentation
@@ -86,7 +86,7 @@ class Baseline(nn.Module):
     check_input = MirrorUNet.check_input
 
     def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
-        """What is known of the tumour, and no more computed than that takes; x as `forward`'s, or PET alone if it `reads` no more."""
+        """What is known of the tumor, and no more computed than that takes; x as `forward`'s, or PET alone if it `reads` no more."""
         return self(x)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 import figures
-from files import UserError, whole
+from files import UserError, atomic_write
 from metrics import bootstrap_means, interval, patient_metrics
 
 
@@ -146,7 +146,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def values_of(rows: list[dict], system: str, measure: str, target: str = "seg") -> dict[tuple[str, str], float]:
-    """{(case, seed): value} where it is defined. healthy_fpv_ml: the FPV of patients without a tumour."""
+    """{(case, seed): value} where it is defined. healthy_fpv_ml: the FPV of patients without a tumor."""
     column = measure.removeprefix("healthy_")
     mine = (r for r in rows if r["system"] == system and r["target"] == target and r[column])
     return {(r["case"], r["seed"]): float(r[column]) for r in mine if column == measure or r["has_tumor"] == "False"}
@@ -290,7 +290,7 @@ def report(results: Path, source: str) -> Path | None:
     for study, mine in sorted(studies.items(), key=lambda item: -len({r["run"] for r in item[1]})):
         picture = results / (f"{source}.png" if not parts else f"{source}_{study}.png")
         parts.append(f"## Study {study}\n\n" + report_study(mine, source, picture))
-    with whole(results / f"{source}.md") as part:
+    with atomic_write(results / f"{source}.md") as part:
         part.write_text(
             f"# {source}\n\nWritten by `python replicate.py --report` from [{source}.csv]({source}.csv).\n{RULE}\n\n"
             + "\n\n".join(parts)

@@ -2,7 +2,7 @@
 
     find_petct / find_brain     a folder in AutoPET or MSD Task01 layout -> [Case]
     build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase], each a few memory-mapped arrays
-    make_folds / read_splits    folds by patient, stratified by "has a tumour"; or the user's own in nnU-Net's form
+    make_folds / read_splits    folds by patient, stratified by "has a tumor"; or the user's own in nnU-Net's form
     PatchDataset                positive / negative patches, padded where a volume is smaller, augmented
     corrupt_ct                  the self-supervision: noise or voxel shuffling on the input's CT
 
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import kernels
-from files import UserError, clean_parts, glance, read_header, read_nifti, same_grid, whole, writing
+from files import UserError, atomic_write, clean_parts, glance, read_header, read_nifti, same_grid, writing
 
 
 # ------------------------------------------------------------------------------------------------------ files -> cases
@@ -104,17 +104,17 @@ def find_brain(root) -> list[Case]:
 
 # ------------------------------------------------------------------------------------------------------- preprocessing
 @dataclass(frozen=True)
-class Recipe:
-    """How a volume becomes a network's input. Defaults: the paper's AutoPET recipe; `BRAIN_RECIPE` is the brain's."""
+class Preprocessing:
+    """How a volume becomes a network's input. Defaults: the paper's AutoPET preprocessing; `BRAIN_PREPROCESSING` is the brain's."""
 
-    kind: str = "petct"  # "petct" | "brain"
+    task: str = "petct"  # "petct" | "brain"
     spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)  # mm
     orientation: str = "LAS"
     ct_window: tuple[float, float] = (-100.0, 250.0)  # HU -> [0, 1]
     suv_window: tuple[float, float] = (0.0, 15.0)  # SUV -> [0, 1]
 
 
-BRAIN_RECIPE = Recipe(kind="brain", spacing=(1.0, 1.0, 1.0), orientation="RAS")
+BRAIN_PREPROCESSING = Preprocessing(task="brain", spacing=(1.0, 1.0, 1.0), orientation="RAS")
 
 
 def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Image:
@@ -139,12 +139,12 @@ def _window(image: nib.Nifti1Image, low: float, high: float) -> np.ndarray:
     return np.clip((image.get_fdata(dtype=np.float32) - low) / (high - low), 0, 1)
 
 
-def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
-    """The network's input (2, D, H, W) float32 on the recipe's grid, cropped to the patient; that grid's affine; the crop's slices.
+def load_images(case: Case, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
+    """The network's input (2, D, H, W) float32 on the preprocessing's grid, cropped to the patient; that grid's affine; the crop's slices.
 
     The crop is the bounding box of PET > 0 (brain: of any non-zero channel). Without a CT file (None) PET is all: (1, D, H, W).
     """
-    if recipe.kind == "brain":
+    if preprocessing.task == "brain":
         if len(case.images) == 2:
             pair = [read_nifti(path) for path in case.images]
             same_grid(*pair, *case.images)
@@ -153,20 +153,20 @@ def load_images(case: Case, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, tup
             if image.shape[3] <= max(case.channels):
                 raise UserError(f"{case.images[0]}: {image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}")
             pair = [image.slicer[..., c] for c in case.channels]
-        grids = [to_grid(nib.Nifti1Image(p.dataobj, pair[0].affine), recipe.orientation, recipe.spacing) for p in pair]
+        grids = [to_grid(nib.Nifti1Image(p.dataobj, pair[0].affine), preprocessing.orientation, preprocessing.spacing) for p in pair]
         data, grid = np.stack([_z_score(g.get_fdata(dtype=np.float32)) for g in grids]), grids[0]
         inside = (data != 0).any(0)
     else:
         suv = read_nifti(case.images[1])
         if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
             raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
-        grid = to_grid(suv, recipe.orientation, recipe.spacing)
-        channels = [_window(grid, *recipe.suv_window)]
+        grid = to_grid(suv, preprocessing.orientation, preprocessing.spacing)
+        channels = [_window(grid, *preprocessing.suv_window)]
         if case.images[0]:
             ct = read_nifti(case.images[0])
             same_grid(ct, suv, *case.images)
             ct = nib.Nifti1Image(ct.dataobj, suv.affine)  # equal up to rounding; the new grids must be equal
-            channels.insert(0, _window(to_grid(ct, recipe.orientation, recipe.spacing), *recipe.ct_window))
+            channels.insert(0, _window(to_grid(ct, preprocessing.orientation, preprocessing.spacing), *preprocessing.ct_window))
         data, inside = np.stack(channels), channels[-1] > 0
     box = (ndimage.find_objects(inside.astype(np.uint8)) or [tuple(slice(0, n) for n in inside.shape)])[0]
     corner = nib.affines.from_matvec(np.eye(3), [edge.start for edge in box])
@@ -190,7 +190,7 @@ def read_label(case: Case) -> nib.Nifti1Image:
     codes = [int(c) if c == int(c) else float(c) for c in np.unique(data) if c]
     if not case.channels:  # PET/CT
         if codes not in ([], [1]):
-            raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}; write tumour as 1 and all else as 0")
+            raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}; write tumor as 1 and all else as 0")
         return nib.Nifti1Image(data.astype(np.uint8), image.affine)
     if not set(codes) <= {1, 2, 3, 4} or {3, 4} <= set(codes):
         raise UserError(f"{case.label}: expected labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS), found {[0, *codes]}; rename them")
@@ -218,43 +218,43 @@ class CachedCase:
     case: Case
 
     def array(self, name: str) -> np.ndarray:
-        """ "image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumour."""
+        """ "image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumor."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")  # anew each time: a map that is kept holds a file open
 
 
-def _fingerprint(case: Case, recipe: Recipe) -> str:
-    """Changes when the recipe or one of the files does."""
+def _fingerprint(case: Case, preprocessing: Preprocessing) -> str:
+    """Changes when the preprocessing or one of the files does."""
     files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (*case.images, case.label) if p.exists()]
-    text = json.dumps([CACHE_VERSION, asdict(recipe), files, case.channels, case.roles])
+    text = json.dumps([CACHE_VERSION, asdict(preprocessing), files, case.channels, case.roles])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def preprocess(case: Case, recipe: Recipe) -> dict:
+def preprocess(case: Case, preprocessing: Preprocessing) -> dict:
     """Read one study and bring it to the network's grid: {"image", "label", "foreground", "affine", "tumor"}.
 
     "tumor" is that of the file: resampling may lose a tiny one.
     """
-    image, affine, box = load_images(case, recipe)
+    image, affine, box = load_images(case, preprocessing)
     truth = read_label(case)
-    label = label_to_grid(truth, recipe, box)
+    label = label_to_grid(truth, preprocessing, box)
     foreground = np.argwhere(label > 0).astype(np.int16)
     tumor = bool(np.any(truth.dataobj))
     return {"image": image.astype(np.float16), "label": label, "foreground": foreground, "affine": affine, "tumor": tumor}
 
 
-def label_to_grid(truth: nib.Nifti1Image, recipe: Recipe, box: tuple[slice, ...]) -> np.ndarray:
+def label_to_grid(truth: nib.Nifti1Image, preprocessing: Preprocessing, box: tuple[slice, ...]) -> np.ndarray:
     """`read_label`'s labels on `load_images`' grid, (D, H, W) uint8: resampled as soft masks, the largest wins."""
-    codes = (1,) if recipe.kind == "petct" else (1, 2)
+    codes = (1,) if preprocessing.task == "petct" else (1, 2)
     soft = [nib.Nifti1Image((np.asarray(truth.dataobj) == c).astype(np.float32), truth.affine) for c in codes]
-    soft = np.stack([to_grid(s, recipe.orientation, recipe.spacing).get_fdata(dtype=np.float32)[box] for s in soft])
+    soft = np.stack([to_grid(s, preprocessing.orientation, preprocessing.spacing).get_fdata(dtype=np.float32)[box] for s in soft])
     return np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
 
 
-def _cache_one(job: tuple[Case, Recipe, Path]) -> None:
+def _cache_one(job: tuple[Case, Preprocessing, Path]) -> None:
     """Preprocess one study; the entry is whole or not there. Where another process was faster, its entry is as good."""
-    case, recipe, folder = job
-    arrays = preprocess(case, recipe)
-    with whole(folder) as part:
+    case, preprocessing, folder = job
+    arrays = preprocess(case, preprocessing)
+    with atomic_write(folder) as part:
         part.mkdir()
         for name in ("image", "label", "foreground"):
             np.save(part / f"{name}.npy", np.ascontiguousarray(arrays[name]))
@@ -272,10 +272,10 @@ def refuse_duplicates(cases: list[Case]) -> None:
             seen[key] = case.images[-1]
 
 
-def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = None) -> list[CachedCase]:
-    """Preprocess every case that the cache does not hold yet; an entry is made anew when its files or the recipe change.
+def build_cache(cases: list[Case], preprocessing: Preprocessing, cache, workers: int | None = None) -> list[CachedCase]:
+    """Preprocess every case that the cache does not hold yet; an entry is made anew when its files or the preprocessing change.
 
-    Args: cache: folder for the entries, about 5 bytes a voxel of the recipe's grid. workers: processes, default one a core.
+    Args: cache: folder for the entries, about 5 bytes a voxel of the preprocessing's grid. workers: processes, default one a core.
     Raises UserError for unreadable data, and for two cases of one name.
     """
     cache = Path(cache)
@@ -283,8 +283,8 @@ def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = 
         cache.mkdir(parents=True, exist_ok=True)
     clean_parts(cache)
     refuse_duplicates(cases)
-    folders = [cache / f"{c.name}-{_fingerprint(c, recipe)}" for c in cases]
-    jobs = [(c, recipe, f) for c, f in zip(cases, folders) if not (f / "case.json").exists()]
+    folders = [cache / f"{c.name}-{_fingerprint(c, preprocessing)}" for c in cases]
+    jobs = [(c, preprocessing, f) for c, f in zip(cases, folders) if not (f / "case.json").exists()]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     bar = {"total": len(jobs), "desc": "preprocessing", "unit": "case", "disable": not jobs}
     if workers > 1:
@@ -302,7 +302,7 @@ def build_cache(cases: list[Case], recipe: Recipe, cache, workers: int | None = 
 # --------------------------------------------------------------------------------------------------------------- folds
 def make_folds(cases, k: int = 5, seed: int = 0) -> list[dict[str, list[str]]]:
     """k folds in nnU-Net's form, [{"train": names, "val": names}]: studies of a patient stay together, and each fold gets its share
-    of the patients with a tumour. Raises UserError for fewer patients than folds."""
+    of the patients with a tumor. Raises UserError for fewer patients than folds."""
     patients: dict[str, list] = {}
     for case in cases:
         patients.setdefault(case.patient, []).append(case)
@@ -348,7 +348,7 @@ def read_splits(path, cases) -> list[dict[str, list[str]]]:
 # ------------------------------------------------------------------------------------------------- patches, augmentation
 @dataclass(frozen=True)
 class Augmentation:
-    """Probabilities and ranges. The paper's AutoPET recipe is flip 0.5, rotate 0.2, scale 0.2."""
+    """Probabilities and ranges. The paper's AutoPET preprocessing is flip 0.5, rotate 0.2, scale 0.2."""
 
     flip: float = 0.5  # probability, of each axis in `flip_axes`
     flip_axes: tuple[int, ...] = (0, 1, 2)  # 0 is left-right: what a body, with its bladder below and brain above, allows
@@ -429,16 +429,16 @@ def read_patch(case: CachedCase, centre, size, params: dict) -> tuple[np.ndarray
 class PatchDataset(Dataset):
     """An endless-looking list of training patches: item n is a pure function of (cases, options, seed, n).
 
-    Cases are dealt in a fresh random order each round, `per_case` patches in a row from one. A patch is centred on a tumour voxel with
-    probability `positive` (2/3 is the paper's 2:1), else on a voxel that is not tumour; patients without a tumour give the latter.
+    Cases are dealt in a fresh random order each round, `patches_per_case` patches in a row from one. A patch is centred on a tumor voxel with
+    probability `foreground_fraction` (2/3 is the paper's 2:1), else on a voxel that is not tumor; patients without a tumor give the latter.
 
     Item: dict of "image" (2, D, H, W) float32; "label" (1, D, H, W) int64; "tumor" float32, whether the patch holds any; "key" int64,
     the seed of its corruption.
     """
 
-    def __init__(self, cases: list[CachedCase], patch, length: int, seed: int = 0, aug=Augmentation(), positive=2 / 3, per_case=1):
+    def __init__(self, cases: list[CachedCase], patch, length: int, seed: int = 0, aug=Augmentation(), foreground_fraction=2 / 3, patches_per_case=1):
         self.cases, self.patch, self.length, self.seed = cases, tuple(patch), length, seed
-        self.aug, self.positive, self.per_case = aug, positive, per_case
+        self.aug, self.foreground_fraction, self.patches_per_case = aug, foreground_fraction, patches_per_case
 
     def __len__(self) -> int:
         return self.length
@@ -446,7 +446,7 @@ class PatchDataset(Dataset):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         if not 0 <= n < self.length:
             raise IndexError(n)  # ends `for item in dataset`
-        round_, place = divmod(n // self.per_case, len(self.cases))
+        round_, place = divmod(n // self.patches_per_case, len(self.cases))
         case = self.cases[random_stream(self.seed, 1, round_).permutation(len(self.cases))[place]]
         rng = random_stream(self.seed, 2, n)
         centre = self._centre(case, rng)
@@ -459,9 +459,9 @@ class PatchDataset(Dataset):
         }
 
     def _centre(self, case: CachedCase, rng: np.random.Generator) -> np.ndarray:
-        """A tumour voxel, or one that is none (the last of a few tries where nearly everything is tumour)."""
+        """A tumor voxel, or one that is none (the last of a few tries where nearly everything is tumor)."""
         foreground, label = case.array("foreground"), case.array("label")
-        if rng.random() < self.positive and len(foreground):
+        if rng.random() < self.foreground_fraction and len(foreground):
             return foreground[rng.integers(len(foreground))]
         for _ in range(20):
             centre = rng.integers(0, label.shape)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path as Outline
 
-from files import whole
+from files import atomic_write
 
 TRUTH, PREDICTION = "#2ca02c", "#ff2d95"
 
@@ -49,7 +49,7 @@ def curves(metrics: Path, out: Path) -> None:
     axes[2].grid(alpha=0.3)
     if val:
         axes[2].legend(fontsize=8)
-    with whole(out) as part:
+    with atomic_write(out) as part:
         fig.savefig(part, dpi=110)
 
 
@@ -62,7 +62,7 @@ def panels(rows: list[dict], out: Path) -> None:
     """validation.png, a row a case.
 
     rows: dicts of "title"; "names", the two input channels; "images" (2, D, H, W); "truth" and "pred", masks (D, H, W); "spacing";
-    and "reconstructions", {name: (D, H, W)}. Shown: the axial slice with the most tumour (truth, else prediction), and a coronal
+    and "reconstructions", {name: (D, H, W)}. Shown: the axial slice with the most tumor (truth, else prediction), and a coronal
     maximum-intensity projection of the second channel.
     """
     extra = list(rows[0]["reconstructions"])
@@ -94,12 +94,12 @@ def panels(rows: list[dict], out: Path) -> None:
     for axis in grid.ravel():
         axis.set(xticks=[], yticks=[])
     _legend(fig)
-    with whole(out) as part:
+    with atomic_write(out) as part:
         fig.savefig(part, dpi=110)
 
 
 def tile(title: str, image: np.ndarray, pred: np.ndarray, truth: np.ndarray | None, spacing, brain: bool) -> dict:
-    """A study in one picture, for `overview`: PET's coronal maximum-intensity projection; brain: the axial slice with the most tumour.
+    """A study in one picture, for `overview`: PET's coronal maximum-intensity projection; brain: the axial slice with the most tumor.
 
     image, pred, truth: (D, H, W), truth None where it is unknown; spacing in mm. What is returned is two-dimensional, and light.
     """
@@ -128,7 +128,7 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
         _outline(axis, t["pred"], PREDICTION)
         axis.set_title(t["title"], fontsize=7)
     _legend(fig)
-    with whole(out) as part:
+    with atomic_write(out) as part:
         fig.savefig(part, dpi=110)
 
 
@@ -151,7 +151,7 @@ def systems(rows: dict[str, dict[str, tuple[float, float, float] | None]], out: 
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
-    with whole(out) as part:
+    with atomic_write(out) as part:
         fig.savefig(part, dpi=110)
 
 
@@ -163,10 +163,10 @@ def _legend(fig) -> None:
 # --------------------------------------------------------------------------------------------------- the architecture
 INK, QUIET, CT, PET, DEEP, SHARED, JOIN = "#2b2f36", "#8a919c", "#a9c4e4", "#f6c48f", "#d3d8de", "#7a3fb0", "#e9def5"
 TASKS = {  # of the first branch's decoder, of the second's, of the light decoder
-    "petct": ("reconstruct CT", "segment tumour", "reconstruct PET"),
-    "brain": ("segment\ntumour core", "segment\nedema", "segment\nwhole tumour"),
+    "petct": ("reconstruct CT", "segment tumor", "reconstruct PET"),
+    "brain": ("segment\ntumor core", "segment\nedema", "segment\nwhole tumor"),
 }
-LOSSES = {"reconstruct": "L2", "segment": "Dice + CE", "tumour?": "BCE"}
+LOSSES = {"reconstruct": "L2", "segment": "Dice + CE", "tumor?": "BCE"}
 
 
 def _arrow(ax, *points: tuple[float, float], color: str = INK, lw: float = 1.5) -> None:
@@ -207,7 +207,7 @@ def architecture(model, path, size: tuple[int, int, int] = (96, 96, 96)) -> None
         _arrow(ax, at, (end, y), *[(end, 0.14 * up)] * (version == "v4"))
     note = "shared weights,\nnot features" if any(same) else "nothing shared:\ntwo separate U-Nets"
     ax.text(xs[same.index(True) if any(same[:5]) else 4] - 0.42, 0, note, ha="right", va="center", color=SHARED, **bold)
-    ends = [(0, "segment tumour")] if version == "v4" else [(ys[8], tasks[0]), (-ys[8], tasks[1])]
+    ends = [(0, "segment tumor")] if version == "v4" else [(ys[8], tasks[0]), (-ys[8], tasks[1])]
     if version in ("v2", "v3"):
         ends.append((0, tasks[2]))
         deep, now = [xs[4] + 0.55, *np.linspace(xs[5] + 0.53, xs[8], 4)], sizes[5]
@@ -220,7 +220,7 @@ def architecture(model, path, size: tuple[int, int, int] = (96, 96, 96)) -> None
         _arrow(ax, (x, 0), (end, 0))
         ax.text(xs[6], -0.4, "light decoder", **small)
     if version == "v3":
-        ends.append((-0.68, "tumour?"))
+        ends.append((-0.68, "tumor?"))
         _arrow(ax, (xs[5], -0.68), (end, -0.68))
         ax.text(xs[7], -0.68, "classifier", bbox=dict(boxstyle="square,pad=0.3", **grey), **small)
     if version == "v4":

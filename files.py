@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """The name to write a file or folder under, beside `path`; at the block's end it is on disk and renamed to `path`.
 
     So what bears that name is always whole: a crash, a full disk or a second reader sees the old one or the new one. A folder that
@@ -70,7 +70,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def clean_parts(folder: Path) -> None:
-    """Remove what killed programs left of `whole` in a folder; the parts of living ones stay."""
+    """Remove what killed programs left of `atomic_write` in a folder; the parts of living ones stay."""
     for part in folder.glob(".[0-9]*.*"):
         pid = part.name.split(".")[1]
         if pid.isdigit() and not _alive(int(pid)):

@@ -2,7 +2,7 @@
 
     v1      lambda_seg (Dice + CE) + lambda_rec L2(CT)
     v2      lambda_seg (Dice + CE) + lambda_rec L2(CT and PET, one mean over both)
-    v3      as v2 + lambda_cls BCE("the patch or patient has a tumour")
+    v3      as v2 + lambda_cls BCE("the patch or patient has a tumor")
     v4      Dice + CE of the fused logits
     brain   mean over the targets (core, edema; v2: + whole) of 1/3 (Dice + CE)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage, stats
 
-from files import whole
+from files import atomic_write
 
 _CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)
 
@@ -32,7 +32,7 @@ def lesion_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, fl
     """Dice, FPV and FNV of one case, exactly as the AutoPET challenge's script.
 
     Args:
-        pred, truth: 3D masks of equal shape (non-zero is tumour).
+        pred, truth: 3D masks of equal shape (non-zero is tumor).
         spacing: voxel size in mm, three numbers.
 
     Returns {"dice", "fpv_ml", "fnv_ml"}. Dice is NaN where both masks are empty; if only the truth is empty it is 0 and FNV is 0
@@ -118,7 +118,7 @@ def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 def write_table(rows: list[dict], path: Path) -> None:
     """A CSV file, a row a case and target; an undefined number is an empty cell."""
-    with whole(path) as part, open(part, "w", newline="") as f:
+    with atomic_write(path) as part, open(part, "w", newline="") as f:
         writer = csv.DictWriter(f, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows)
@@ -136,4 +136,4 @@ def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
         empty = sum(not r["truth_ml"] for r in mine)
         print(f"{'mean':{width}}{show(mean_of(mine, 'dice'), 3)}" + "".join(show(mean_of(mine, k)) for k in ("fpv_ml", "fnv_ml")))
         if empty:
-            print(f"{empty} of {len(mine)} without a true tumour: Dice and FNV are undefined there, and FPV counts")
+            print(f"{empty} of {len(mine)} without a true tumor: Dice and FNV are undefined there, and FPV counts")

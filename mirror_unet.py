@@ -5,9 +5,9 @@ of its own, each decoder gets a *task* of its own, and the two nets share the we
 
         CT  --> 1 2 3 4 \\         / 6 7 8 9 --> CT decoder's task         v1-v3: reconstruct CT       v4: segment
                          >-- 5 --<
-        PET --> 1 2 3 4 /    |    \\ 6 7 8 9 --> PET decoder's task        v1-v4: segment the tumour
+        PET --> 1 2 3 4 /    |    \\ 6 7 8 9 --> PET decoder's task        v1-v4: segment the tumor
                              |
-                             +--> light decoder: reconstruct PET (v2, v3);  classifier: is there a tumour? (v3)
+                             +--> light decoder: reconstruct PET (v2, v3);  classifier: is there a tumor? (v3)
 
 What is shared is *weights*, not features: the PET branch reads the PET image alone. So in v1-v3 the segmentation and the
 classifier do not depend on the CT input at all. CT acts in training only, through its gradients on the shared weights;
@@ -20,7 +20,7 @@ Reading order: ConvUnit -> ResidualUnit -> UpLayer -> Branch -> LightDecoder, Cl
     share=(5,)              L = {5}, the levels in which both branches use one and the same layer
     version "v1".."v4"      (b) transference, (c) fission, (d) fission + classification, (a) decision fusion
     ct_weight               w of v4: logits = w CT + (1 - w) PET
-    preset "brain"          the generalisation study: T2w -> tumour core, FLAIR -> edema, bottleneck -> whole tumour
+    preset "brain"          the generalisation study: T2w -> tumor core, FLAIR -> edema, bottleneck -> whole tumor
 
 Differences from the authors' release, on purpose: instance norm by default (theirs: batch norm, `norm="batch"`), and a
 classifier that takes any patch size (theirs is tied to 96^3; ours equals it there).
@@ -42,10 +42,10 @@ VERSIONS = {"petct": ("v1", "v2", "v3", "v4"), "brain": ("v1", "v2")}
 class MirrorOutput(NamedTuple):
     """What a PET/CT Mirror U-Net returns; None where the version has no such output."""
 
-    seg: Tensor  # (B, 2, D, H, W) logits: background, tumour
+    seg: Tensor  # (B, 2, D, H, W) logits: background, tumor
     ct: Tensor | None = None  # (B, 1, D, H, W) CT reconstruction; v4: (B, 2, D, H, W) logits of the CT branch
     pet: Tensor | None = None  # (B, 1, D, H, W) PET reconstruction; v4: (B, 2, D, H, W) logits of the PET branch
-    tumor: Tensor | None = None  # (B,) logit of "there is a tumour"
+    tumor: Tensor | None = None  # (B,) logit of "there is a tumor"
 
 
 class BrainOutput(NamedTuple):
@@ -190,7 +190,7 @@ class LightDecoder(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """Is there a tumour? (B, c5, d, h, w) PET bottleneck -> (B,) logit.
+    """Is there a tumor? (B, c5, d, h, w) PET bottleneck -> (B,) logit.
 
     Average pooling to 6^3 makes it take any patch size; at the paper's 96^3 the bottleneck is 6^3 and pooling is the identity.
     Batch norm whatever the rest uses: instance norm of a single map would erase how strongly it responds, which is the answer.
@@ -265,7 +265,7 @@ class MirrorUNet(nn.Module):
         return MirrorOutput(seg=pet, ct=ct, pet=deep, tumor=tumor)
 
     def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
-        """What is known of the tumour, from no more than that takes. v1-v3: `seg` and, in v3, `tumor`, from PET alone, (B, 1, D, H, W),
+        """What is known of the tumor, from no more than that takes. v1-v3: `seg` and, in v3, `tumor`, from PET alone, (B, 1, D, H, W),
         at half of forward's cost and equal to forward's, bit for bit, whatever the CT. v4, brain: forward's; ValueError for PET alone.
         """
         if len(self.reads) == 2:

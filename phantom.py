@@ -3,8 +3,8 @@
 1. **Anatomy** is a label map: ellipsoids, rods and stacks of ellipses in millimetres of a standard patient, painted one
    over the other. Each patient has a size, fat, organs of its own, and smooth noise bends all coordinates.
 2. `TISSUES` turns labels into Hounsfield units (CT) and standardised uptake values (PET). FDG shows glucose use: brain,
-   heart muscle, kidneys and bladder outshine most tumours; throat, bowel or brown fat light up in some patients only.
-   So no SUV threshold finds the tumours, only place and shape do.
+   heart muscle, kidneys and bladder outshine most tumors; throat, bowel or brown fat light up in some patients only.
+   So no SUV threshold finds the tumors, only place and shape do.
 3. **Lesions** are noisy, sometimes lobed or cold-cored blobs in lung, lymph nodes, liver, bone or soft tissue. One in
    eight touches heart or bladder with the same uptake: PET cannot show that border, the density in CT can.
 4. **Physics.** PET: a point spread of 6.5 mm (full width at half maximum) and noise of variance proportional to
@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from files import UserError, whole
+from files import UserError, atomic_write
 
 TISSUES = {  # HU, SUV from, SUV to, share of studies that show it, SUV in the others
     "air": (-1000, 0, 0, 1, 0), "fat": (-100, .25, .4, 1, 0), "muscle": (50, .45, .7, 1, 0),
@@ -70,13 +70,13 @@ SITES = {
 # FLAIR, T1w, T1gd, T2w of: outside, fluid, grey matter, white matter, edema, non-enhancing core, enhancing rim.
 MRI = np.array(((0, 0, 0, 0), (.16, .22, .22, 1), (.58, .5, .52, .56), (.48, .68, .7, .42), (1, .46, .47, .76),
                 (.66, .34, .36, 1.02), (.74, .42, 1.15, .9)), np.float32)
-MRI_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
+MRI_LABELS = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumor"}
 
 
 class PetCtStudy(NamedTuple):
     ct: np.ndarray      # (X, Y, Z) float32, HU
     suv: np.ndarray     # (X, Y, Z) float32
-    seg: np.ndarray     # (X, Y, Z) uint8, 1 in tumour
+    seg: np.ndarray     # (X, Y, Z) uint8, 1 in tumor
     affine: np.ndarray  # (4, 4), voxel to scanner mm
     name: str
     patient: str        # two visits share a patient
@@ -270,7 +270,7 @@ def _lesions(c: _Canvas, key, visit_rng, uptake, ct, suv) -> np.ndarray:
         seg[box][mask] = 1
         ct[box][mask] = rng.choice((90, 700)) if kind == "bone" else 40 if kind == "liver" else rng.uniform(65, 80)
         suv[box][mask] = (peak * (1 + .1 * smooth_noise(rng, level.shape, 12 / c.spacing)))[mask]
-        if radius > 17 and kind != "touching" and rng.random() < .3:  # necrosis: cold, but tumour
+        if radius > 17 and kind != "touching" and rng.random() < .3:  # necrosis: cold, but tumor
             core = mask & (level <= .55)
             ct[box][core], suv[box][core] = 20, .15 * peak
     return seg
@@ -319,7 +319,7 @@ def petct_study(index: int, seed: int = 0, spacing=(4., 4., 4.), healthy: bool |
 
 
 def brain_study(index: int, seed: int = 0, spacing=(2., 2., 2.)) -> BrainStudy:
-    """Case `index`: skull-stripped brain with one glioma-like tumour, about 80 x 96 x 78 voxels at 2 mm, 0 outside.
+    """Case `index`: skull-stripped brain with one glioma-like tumor, about 80 x 96 x 78 voxels at 2 mm, 0 outside.
 
     Edema is bright on FLAIR, the core brighter on T2w, its enhancing rim on T1gd. Bias field and scale are arbitrary.
     """
@@ -372,7 +372,7 @@ def _store(paths: list[Path], seed: int, index: int, spacing, make) -> None:
         image = nib.Nifti1Image(array, affine)
         image.header["descrip"] = text
         image.header.set_xyzt_units("mm")
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
@@ -403,8 +403,8 @@ def write_brain(root, n: int, seed: int = 0, spacing=(2., 2., 2.)) -> Path:
         _store([Path(root, "imagesTr", file), Path(root, "labelsTr", file)], seed, index, spacing, make)
     modality = "FLAIR", "T1w", "t1gd", "T2w"
     pairs = [{"image": f"./imagesTr/{f}", "label": f"./labelsTr/{f}"} for f in files]
-    content = {"name": "synthetic brain tumours", "tensorImageSize": "4D", "modality": dict(zip("0123", modality)),
+    content = {"name": "synthetic brain tumors", "tensorImageSize": "4D", "modality": dict(zip("0123", modality)),
                "labels": MRI_LABELS, "numTraining": n, "numTest": 0, "training": pairs, "test": []}
-    with whole(Path(root, "dataset.json")) as part:
+    with atomic_write(Path(root, "dataset.json")) as part:
         part.write_text(json.dumps(content, indent=1))
     return Path(root)

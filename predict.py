@@ -30,8 +30,8 @@ from tqdm import tqdm
 import baselines
 import figures
 import kernels
-from data import CachedCase, Case, Recipe, find_brain, find_petct, label_to_grid, load_images, read_label
-from files import CannotWrite, UserError, program, read_header, read_nifti, same_grid, whole
+from data import CachedCase, Case, Preprocessing, find_brain, find_petct, label_to_grid, load_images, read_label
+from files import CannotWrite, UserError, atomic_write, program, read_header, read_nifti, same_grid
 from metrics import case_metrics, print_table, write_table
 from mirror_unet import VERSIONS, BrainOutput, MirrorUNet
 
@@ -96,7 +96,7 @@ def reads(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def foreground_probability(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(B, 2, D, H, W) -> probabilities (B, K, D, H, W) of the K targets, and the probability of a tumour (B,) where there is one.
+    """(B, 2, D, H, W) -> probabilities (B, K, D, H, W) of the K targets, and the probability of a tumor (B,) where there is one.
 
     No more is computed than that takes: a Mirror U-Net v1-v3 runs only its PET branch, and x may be PET alone, (B, 1, D, H, W).
     """
@@ -126,7 +126,7 @@ def autocast(device: str, amp: str) -> torch.autocast:
 
 
 def predict_image(model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), amp="off", title=None) -> tuple[Tensor, float | None]:
-    """Probability maps (K, D, H, W) of a preprocessed study, and its score: the highest "tumour" probability of a window (v3).
+    """Probability maps (K, D, H, W) of a preprocessed study, and its score: the highest "tumor" probability of a window (v3).
 
     image: (2, D, H, W), or PET alone (1, D, H, W) where the network needs no CT. flip_axes: average over the mirror images along all
     combinations of these axes (test-time augmentation): give only axes that training mirrored too. amp, title: as `autocast`'s and
@@ -200,7 +200,7 @@ def evaluate(case: Case, truth: nib.Nifti1Image | None, masks: list[np.ndarray],
 
 
 def suv_threshold(train: list[CachedCase], val: list[CachedCase], most: int = 100) -> tuple[float, list[dict]]:
-    """What no network at all would reach: "tumour is where SUV >= t", with the t that is best on the training studies (`most` of them).
+    """What no network at all would reach: "tumor is where SUV >= t", with the t that is best on the training studies (`most` of them).
 
     On the files' own grids and values, as a network is scored: its SUV window may end below the best threshold. Returns t and the
     metrics of each held-out study.
@@ -230,15 +230,15 @@ def kind_of(source: str) -> str:
 
 
 def targets_of(c: dict) -> tuple[str, ...]:
-    """The names of the maps that `foreground_probability` returns, in its order: the brain's v1, v2-rec have no whole tumour."""
+    """The names of the maps that `foreground_probability` returns, in its order: the brain's v1, v2-rec have no whole tumor."""
     return tuple(t for t in TARGETS[kind_of(c["data"])] if not (t == "whole" and c["model"] in ("v1", "v2-rec")))
 
 
-def recipe_of(c: dict) -> Recipe:
+def recipe_of(c: dict) -> Preprocessing:
     """The preprocessing that a config asks for."""
     if kind_of(c["data"]) == "brain":
-        return Recipe("brain", tuple(c["spacing"]), "RAS")
-    return Recipe("petct", tuple(c["spacing"]), "LAS", tuple(c["ct_window"]), tuple(c["suv_window"]))
+        return Preprocessing("brain", tuple(c["spacing"]), "RAS")
+    return Preprocessing("petct", tuple(c["spacing"]), "LAS", tuple(c["ct_window"]), tuple(c["suv_window"]))
 
 
 def model_of(c: dict) -> torch.nn.Module:
@@ -289,7 +289,7 @@ def save_nifti(array: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0  # the input's display window
-    with whole(path) as part:
+    with atomic_write(path) as part:
         nib.save(nib.Nifti1Image(array, like.affine, header), part)
 
 
@@ -353,7 +353,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     add("--root", type=Path, help="a folder of studies in the layout of the training data")
     add("--out", type=Path, required=True, help="the mask to write, .nii.gz or .nii; with --root a folder")
     add("--probabilities", action="store_true", help="also write the probability maps, OUT_TARGET_probability.nii.gz")
-    add("--threshold", type=float, help="probability from which a voxel is tumour; default the run's")
+    add("--threshold", type=float, help="probability from which a voxel is tumor; default the run's")
     add("--flips", action=argparse.BooleanOptionalAction, help="average over mirror images; default the run's")
     add("--overlap", type=float, help="of windows, 0 to 0.9; default the run's")
     add("--batch", type=int, help="windows at a time; default the run's")

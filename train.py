@@ -3,7 +3,7 @@
 Files -> cache -> fold -> patches -> steps -> validation on the original grid -> a run folder with config.json, metrics.jsonl,
 last.pt, best.pt, curves.png, validation.png and validation.csv. Without options: the phantom, v3, a few minutes on a laptop.
 
-Every option is a field of `Config`; `--preset` fills in a recipe, options given beside it win. On several GPUs: torchrun
+Every option is a field of `Config`; `--preset` fills in a preprocessing, options given beside it win. On several GPUs: torchrun
 --nproc_per_node=N train.py ... (`parallel.py`). A run that was killed, at whatever moment, goes on with --resume exactly where it was.
 """
 
@@ -40,7 +40,7 @@ import kernels
 import parallel
 import phantom
 from data import Augmentation
-from files import Interrupts, UserError, clean_parts, program, whole, writing
+from files import Interrupts, UserError, atomic_write, clean_parts, program, writing
 from metrics import mean_of, patient_metrics, print_table, write_table
 from predict import (
     autocast,
@@ -75,15 +75,15 @@ class Config:
     spacing: tuple[float, ...] = opt((2.0, 2.0, 3.0), "mm, of the network's grid")
     ct_window: tuple[float, ...] = opt((-100.0, 250.0), "HU that become 0 and 1")
     suv_window: tuple[float, ...] = opt((0.0, 15.0), "SUV that become 0 and 1")
-    healthy: bool = opt(True, "keep the patients without a tumour")
+    healthy: bool = opt(True, "keep the patients without a tumor")
     splits: str = opt("", "JSON file of folds in nnU-Net's form; default: made by patient, stratified")
     folds: int = opt(5, "number of folds made when there is no --splits")
     fold: int = opt(0, "the fold that is held out")
     # patches
     patch: tuple[int, ...] = opt((96, 96, 96), "voxels, multiples of 16; nnunet is planned for them")
     batch: int = opt(2, "patches a step; with torchrun: a process")
-    per_case: int = opt(4, "patches in a row from one study")
-    positive: float = opt(2 / 3, "probability of a patch centred on tumour")
+    patches_per_case: int = opt(4, "patches in a row from one study")
+    foreground_fraction: float = opt(2 / 3, "probability of a patch centred on tumor")
     flip: float = opt(0.5, "probability of mirroring, an axis")
     flip_axes: tuple[int, ...] = opt((0, 1, 2), "axes that are mirrored; 0 is left-right")
     rotate: float = opt(0.0, "probability of a rotation by up to 30 degrees")
@@ -130,7 +130,7 @@ class Config:
     # validation
     validations: int = opt(5, "how often a run is validated, the last time at its end")
     overlap: float = opt(0.5, "of sliding windows")
-    threshold: float = opt(0.5, "probability from which a voxel is tumour; the best for Dice is half the Dice one can expect")
+    threshold: float = opt(0.5, "probability from which a voxel is tumor; the best for Dice is half the Dice one can expect")
     flips: bool = opt(True, "average over the mirror images along --flip-axes in the last validation")
     # the run folder
     out: str = opt("", "run folder; default runs/DATA-MODEL-foldK, numbered where it exists")
@@ -143,7 +143,7 @@ class Config:
         return kind_of(self.data)
 
 
-LAPTOP = dict(batch=2, per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw")
+LAPTOP = dict(batch=2, patches_per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw")
 PRESETS: dict[str, dict] = {
     # laptop-sized, the default of each --data
     "phantom": LAPTOP | dict(
@@ -157,18 +157,18 @@ PRESETS: dict[str, dict] = {
     "brain": LAPTOP | dict(model="v2", spacing=(2.0, 2.0, 2.0), patch=(64, 64, 64), channels=(8, 16, 32, 64, 128), minutes=10.0),
     # the paper's: 400 epochs
     "autopet": dict(
-        data="petct", spacing=(2.0, 2.0, 3.0), patch=(96, 96, 96), batch=4, per_case=4, rotate=0.2, scale=0.2, optimizer="adam", lr=1e-3,
+        data="petct", spacing=(2.0, 2.0, 3.0), patch=(96, 96, 96), batch=4, patches_per_case=4, rotate=0.2, scale=0.2, optimizer="adam", lr=1e-3,
         weight_decay=1e-5, schedule="step", steps=320_000, validations=40,
     ),
     "brats": dict(
-        data="brain", model="v2", spacing=(1.0, 1.0, 1.0), patch=(224, 224, 144), batch=1, per_case=1, intensity=1.0,
+        data="brain", model="v2", spacing=(1.0, 1.0, 1.0), patch=(224, 224, 144), batch=1, patches_per_case=1, intensity=1.0,
         optimizer="adam", lr=1e-3, weight_decay=1e-5, schedule="step", steps=150_000, validations=40,
     ),
 }  # fmt: skip
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Command line -> Config: defaults < preset < the model's own recipe (--resume: the run's own config in their place) < options.
+    """Command line -> Config: defaults < preset < the model's own preprocessing (--resume: the run's own config in their place) < options.
 
     A --steps without --minutes lifts the preset's time limit, and --minutes without --steps the phantom preset's number of steps.
     """
@@ -231,7 +231,7 @@ def check_config(c: Config) -> None:
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: use one of {', '.join(a for a in allowed if a)}")
-    for name in ("batch", "steps", "per_case", "validations", "folds", "phantoms"):
+    for name in ("batch", "steps", "patches_per_case", "validations", "folds", "phantoms"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: give 1 or more")
     if not 0 <= c.overlap <= 0.9:
@@ -273,8 +273,8 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
         write = phantom.write_brain if c.kind == "brain" else phantom.write_petct
         root = root if c.root else Path(c.cache) / f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm"
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: nothing to resample
-    recipe = recipe_of(dataclasses.asdict(c))
-    cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), recipe, c.cache)
+    preprocessing = recipe_of(dataclasses.asdict(c))
+    cases = data.build_cache(data.find_petct(root) if c.kind == "petct" else data.find_brain(root), preprocessing, c.cache)
     if len(cases) == 1:
         say("one study only: it is trained on and validated on, so the table says nothing about other patients")
         return cases, cases
@@ -343,7 +343,7 @@ class Run:
         self.finished, self.code = False, code_version()
         self.targets = targets_of(dataclasses.asdict(c))
         aug = Augmentation(c.flip, c.flip_axes, c.rotate, scale=c.scale, intensity=c.intensity, gamma=c.gamma)
-        self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch * parallel.size(), c.seed, aug, c.positive, c.per_case)
+        self.patches = data.PatchDataset(train, c.patch, c.steps * c.batch * parallel.size(), c.seed, aug, c.foreground_fraction, c.patches_per_case)
 
     # ------------------------------------------------------------------------------------------------------- checkpoints
     def state(self) -> dict:
@@ -360,7 +360,7 @@ class Run:
         if parallel.rank() == 0:
             buffer = io.BytesIO()  # torch.save has errors of its own for a full disk
             torch.save(self.state(), buffer)
-            with whole(self.folder / name) as part:
+            with atomic_write(self.folder / name) as part:
                 part.write_bytes(buffer.getbuffer())
 
     def resume(self) -> None:
@@ -501,7 +501,7 @@ class Run:
         summary = summarise(rows, self.targets)
         self.log({"step": self.step, "val": summary})
         say(f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items() if not math.isnan(v)))
-        dice = float(np.nan_to_num(np.mean([summary[f"{t}_dice"] for t in self.targets]), nan=-1.0))  # no tumour is held out: -1
+        dice = float(np.nan_to_num(np.mean([summary[f"{t}_dice"] for t in self.targets]), nan=-1.0))  # no tumor is held out: -1
         if dice >= self.best:
             self.best = dice
             self.save("best.pt")
@@ -612,7 +612,7 @@ def main(argv: list[str]) -> None:
     if c.resume:
         run.resume()  # refuses what the options given beside it cannot go on with, before anything is written
     if parallel.rank() == 0:
-        with whole(run.folder / "config.json") as part:
+        with atomic_write(run.folder / "config.json") as part:
             part.write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     say(json.dumps(dataclasses.asdict(c)))
     count = sum(p.numel() for p in run.net.parameters())

@@ -34,7 +34,7 @@ def tiny(name, kind="petct", **options) -> nn.Module:
 
 
 def cube_batch(kind="petct") -> dict:
-    """Two noisy samples with a bright cube each, which is the tumour (brain: its lower half the core, the upper the edema)."""
+    """Two noisy samples with a bright cube each, which is the tumor (brain: its lower half the core, the upper the edema)."""
     g = torch.Generator().manual_seed(1)
     label = torch.zeros(2, 1, 32, 32, 32, dtype=torch.uint8)
     label[0, :, 8:20, 6:20, 10:24], label[1, :, 12:28, 10:22, 4:18] = 1, 1

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 
 import data
-from data import BRAIN_RECIPE, Augmentation, CachedCase, PatchDataset, Recipe, UserError, corrupt_ct, to_grid
+from data import BRAIN_PREPROCESSING, Augmentation, CachedCase, PatchDataset, Preprocessing, UserError, corrupt_ct, to_grid
 from kernels import voxel_shuffle
 
 STILL = Augmentation(flip=0)  # no augmentation at all
@@ -62,7 +62,7 @@ def save(path, array, affine=None) -> Path:
 
 
 def petct(folder, suv, ct=None, seg=None, affine=None) -> data.Case:
-    """Write one study; without `ct` and `seg` a water-like body without a tumour."""
+    """Write one study; without `ct` and `seg` a water-like body without a tumor."""
     suv = np.asarray(suv, np.float32)
     save(folder / "SUV.nii.gz", suv, affine)
     save(folder / "CTres.nii.gz", np.zeros_like(suv) if ct is None else np.asarray(ct, np.float32), affine)
@@ -140,7 +140,7 @@ def test_a_folder_without_studies_is_refused(tmp_path, root):
         data.find_petct(tmp_path / root)
 
 
-MSD = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
+MSD = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumor"}
 BRATS = {"0": "background", "1": "necrotic and non-enhancing tumor core", "2": "peritumoral edema", "4": "GD-enhancing tumor"}
 E, C = 1, 2  # what read_label makes of it: edema, core
 
@@ -274,10 +274,10 @@ def test_brain_labels_that_are_neither_msd_nor_brats_are_refused(tmp_path, value
 def test_pet_in_becquerel_is_refused_and_hot_suv_is_not(tmp_path):
     hot = np.ones((10, 10, 10))
     hot[5, 5, 4:7] = 400  # a bladder: 3 voxels of 1000
-    data.preprocess(petct(tmp_path / "hot", hot), Recipe())
+    data.preprocess(petct(tmp_path / "hot", hot), Preprocessing())
     case = petct(tmp_path / "bq", hot * 5000)
     with refused(case.images[1], "Bq/ml", "SUV"):
-        data.preprocess(case, Recipe())
+        data.preprocess(case, Preprocessing())
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_images_on_different_grids_are_refused(tmp_path, file, other):
     case = petct(tmp_path / "P", np.ones((10, 10, 10)))
     save(tmp_path / "P" / file, np.zeros(other.get("shape", (10, 10, 10)), np.float32), other.get("affine"))
     with refused(tmp_path / "P" / file, tmp_path / "P/SUV.nii.gz"):
-        data.preprocess(case, Recipe())
+        data.preprocess(case, Preprocessing())
 
 
 def test_grids_that_drift_apart_by_two_voxels_at_the_far_end_are_refused():
@@ -308,10 +308,10 @@ def test_grids_that_drift_apart_by_two_voxels_at_the_far_end_are_refused():
 @pytest.mark.parametrize("file", ["CTres.nii.gz", "SEG.nii.gz"])
 def test_rounding_in_one_header_does_not_part_the_arrays(tmp_path, file):
     """15 voxels of 1 mm are 7.5 of 2 mm: one file rounds to 8 and the other, of 0.99999 mm, to 7."""
-    shape, recipe = (15, 15, 15), Recipe(spacing=(2, 2, 2))
+    shape, preprocessing = (15, 15, 15), Preprocessing(spacing=(2, 2, 2))
     case = petct(tmp_path / "P", np.ones(shape), affine=grid(spacing=(1, 1, 1)))
     save(tmp_path / "P" / file, np.ones(shape, np.float32), grid(spacing=(0.99999,) * 3))
-    out = data.preprocess(case, recipe)
+    out = data.preprocess(case, preprocessing)
     assert out["image"].shape[1:] == out["label"].shape
 
 
@@ -370,7 +370,7 @@ def test_windows_by_hand(tmp_path):
     hu = {-1000: 0, -100: 0, -12.5: 0.25, 75: 0.5, 162.5: 0.75, 250: 1, 3000: 1}
     suv = {0.9375: 0.0625, 3.75: 0.25, 7.5: 0.5, 11.25: 0.75, 15: 1, 40: 1}  # none is 0: nothing is cropped
     ct_array, suv_array = (np.resize(np.array([*d], np.float32), (6, 7, 8)) for d in (hu, suv))
-    out = data.preprocess(petct(tmp_path / "P", suv_array, ct_array), Recipe())
+    out = data.preprocess(petct(tmp_path / "P", suv_array, ct_array), Preprocessing())
     expected = [np.vectorize(d.get, otypes=[float])(a) for d, a in ((hu, ct_array), (suv, suv_array))]
     assert same(out["image"], np.array(expected, np.float16))
     assert not out["label"].any() and out["label"].dtype == np.uint8 and out["foreground"].shape == (0, 3)
@@ -379,7 +379,7 @@ def test_windows_by_hand(tmp_path):
 def test_other_windows_are_obeyed_and_negative_suv_is_zero(tmp_path):
     suv = np.full((4, 4, 4), 5.0)
     suv[1, 1, 1] = -2
-    out = data.preprocess(petct(tmp_path / "P", suv, np.full((4, 4, 4), 100)), Recipe(ct_window=(0, 400), suv_window=(0, 10)))
+    out = data.preprocess(petct(tmp_path / "P", suv, np.full((4, 4, 4), 100)), Preprocessing(ct_window=(0, 400), suv_window=(0, 10)))
     assert out["image"][:, 1, 1, 1].tolist() == [0.25, 0] and out["image"][:, 0, 0, 0].tolist() == [0.25, 0.5]
 
 
@@ -387,7 +387,7 @@ def test_brain_channels_are_standardised_over_their_non_zero_voxels(tmp_path):
     image = np.zeros((4, 6, 8, 4))
     image[1:3, 1:5, 2:6] = (10, 5, 5, 1)
     image[1, 1:5, 2:6] = (30, 7, 9, 3)  # half of the brain: FLAIR 20 +- 10, T2w 2 +- 1
-    out = data.preprocess(brain(tmp_path, image, np.zeros((4, 6, 8), np.uint8)), BRAIN_RECIPE)
+    out = data.preprocess(brain(tmp_path, image, np.zeros((4, 6, 8), np.uint8)), BRAIN_PREPROCESSING)
     assert out["image"].shape == (2, 2, 4, 4)  # cropped to the brain
     assert (out["image"][:, 0] == 1).all() and (out["image"][:, 1] == -1).all()
     assert np.allclose(out["affine"][:3, 3] - grid("RAS", (1, 1, 1))[:3, 3], (1, 1, 2))
@@ -403,7 +403,7 @@ def test_a_channel_without_contrast_becomes_zero(value):
 def test_too_few_channels_are_refused(tmp_path):
     case = brain(tmp_path, np.ones((3, 3, 3, 2)), np.zeros((3, 3, 3), np.uint8))
     with refused(case.images[0], "2 channels"):
-        data.preprocess(case, BRAIN_RECIPE)
+        data.preprocess(case, BRAIN_PREPROCESSING)
 
 
 # ------------------------------------------------------------------------------------------------------- crop, labels, grid
@@ -416,7 +416,7 @@ def test_a_marked_voxel_keeps_its_world_position_through_turn_and_crop(tmp_path,
     suv[5, 4, 9] = 6  # the only one of its kind
     spacing = {"LAS": (2, 2, 3), "RAS": (2, 2, 3), "LPS": (2, 2, 3), "PIR": (2, 3, 2)}[codes]  # no interpolation
     affine = grid(codes, spacing)
-    out = data.preprocess(petct(tmp_path / "P", suv, seg=seg, affine=affine), Recipe())
+    out = data.preprocess(petct(tmp_path / "P", suv, seg=seg, affine=affine), Preprocessing())
     assert sorted(out["image"].shape[1:]) == [4, 7, 7]
     got = apply_affine(out["affine"], np.argwhere(out["label"]))
     assert np.allclose(sorted(map(tuple, got)), sorted(map(tuple, apply_affine(affine, marks))), atol=1e-4)
@@ -430,7 +430,7 @@ def test_image_and_label_keep_place_and_volume_through_resampling(tmp_path, code
     affine, shape, centre = grid(codes, (1.3, 1.7, 2.2), tilt=tilt), (60, 50, 44), (32, 22, 23)
     suv = blob(shape, centre, 10 / np.array((1.3, 1.7, 2.2)))  # a Gaussian of 10 mm
     seg = suv > 0.35
-    out = data.preprocess(petct(tmp_path / "P", 10 * suv * (suv > 1e-3), seg=seg, affine=affine), Recipe())
+    out = data.preprocess(petct(tmp_path / "P", 10 * suv * (suv > 1e-3), seg=seg, affine=affine), Preprocessing())
     assert np.allclose(voxel_sizes(out["affine"]), (2, 2, 3))
     world = apply_affine(affine, centre)
     for array, tolerance in ((out["image"][1].astype(float), 0.1), (out["label"], 0.3)):  # mm; a mask is coarse
@@ -442,7 +442,7 @@ def test_edema_and_core_keep_their_volumes_and_leave_no_gap_between_them(tmp_pat
     distance = np.sqrt(sum((i - 15) ** 2 for i in np.indices((31, 31, 31))))
     label = np.select((distance < 6, distance < 11), (3, 1), 0).astype(np.uint8)  # 1.3 mm voxels: core within edema
     image = np.ones((31, 31, 31, 4)) + label[..., None]
-    out = data.preprocess(brain(tmp_path, image, label, grid("LPS", (1.3,) * 3), labels=MSD), BRAIN_RECIPE)
+    out = data.preprocess(brain(tmp_path, image, label, grid("LPS", (1.3,) * 3), labels=MSD), BRAIN_PREPROCESSING)
     for code, file_code in ((E, 1), (C, 3)):
         assert (out["label"] == code).sum() == pytest.approx((label == file_code).sum() * 1.3**3, rel=0.04)
     whole = out["label"] > 0
@@ -450,11 +450,11 @@ def test_edema_and_core_keep_their_volumes_and_leave_no_gap_between_them(tmp_pat
     assert len(out["foreground"]) == whole.sum()
 
 
-def test_the_whole_tumour_is_what_it_would_be_as_one_label(tmp_path):
+def test_the_whole_tumor_is_what_it_would_be_as_one_label(tmp_path):
     """Where edema, core and background meet, none of the three has half of a voxel."""
     rng, affine = np.random.default_rng(0), grid("RAS", (1.3, 1.4, 1.7))
     label = rng.integers(0, 3, (20, 20, 20)).astype(np.uint8)
-    out = data.preprocess(brain(tmp_path, rng.random((20, 20, 20, 4)), label, affine), BRAIN_RECIPE)
+    out = data.preprocess(brain(tmp_path, rng.random((20, 20, 20, 4)), label, affine), BRAIN_PREPROCESSING)
     soft = to_grid(nib.Nifti1Image((label > 0).astype(np.float32), affine), "RAS", (1, 1, 1)).get_fdata()
     clear = np.abs(soft - 0.5) > 1e-4
     assert soft.shape == out["label"].shape and clear.mean() > 0.9
@@ -464,23 +464,23 @@ def test_the_whole_tumour_is_what_it_would_be_as_one_label(tmp_path):
 def test_on_its_own_grid_a_label_is_unchanged(tmp_path):
     rng = np.random.default_rng(0)
     seg = rng.random((9, 8, 7)) < 0.3
-    assert np.array_equal(data.preprocess(petct(tmp_path / "P", np.ones(seg.shape), seg=seg), Recipe())["label"], seg)
+    assert np.array_equal(data.preprocess(petct(tmp_path / "P", np.ones(seg.shape), seg=seg), Preprocessing())["label"], seg)
     label = rng.choice(np.array((0, 1, 2, 4), np.uint8), (9, 8, 7))
-    out = data.preprocess(brain(tmp_path / "B", np.ones((9, 8, 7, 4)) + rng.random((9, 8, 7, 4)), label), BRAIN_RECIPE)
+    out = data.preprocess(brain(tmp_path / "B", np.ones((9, 8, 7, 4)) + rng.random((9, 8, 7, 4)), label), BRAIN_PREPROCESSING)
     assert same(out["label"], np.array((0, C, E, 0, C), np.uint8)[label])
 
 
 def test_an_empty_pet_is_not_cropped(tmp_path):
-    out = data.preprocess(petct(tmp_path / "P", np.zeros((4, 5, 6))), Recipe())
+    out = data.preprocess(petct(tmp_path / "P", np.zeros((4, 5, 6))), Preprocessing())
     assert out["image"].shape == (2, 4, 5, 6) and np.allclose(out["affine"], grid())
 
 
-def test_a_tumour_too_small_for_the_coarse_grid_still_makes_its_patient_ill(tmp_path):
+def test_a_tumor_too_small_for_the_coarse_grid_still_makes_its_patient_ill(tmp_path):
     """`tumor` is "any foreground in the truth": it decides the folds' balance and the patient's class."""
     seg = np.zeros((12, 12, 12))
     seg[4, 4, 4] = 1
     case = petct(tmp_path / "P", np.ones(seg.shape), seg=seg, affine=grid(spacing=(1, 1, 1)))
-    (cached,) = data.build_cache([case], Recipe(spacing=(4, 4, 4)), tmp_path / "cache", workers=1)
+    (cached,) = data.build_cache([case], Preprocessing(spacing=(4, 4, 4)), tmp_path / "cache", workers=1)
     assert cached.tumor
 
 
@@ -495,7 +495,7 @@ def studies(tmp_path):
 def made(monkeypatch):
     """The names of the cases that were preprocessed, in this process."""
     names, real = [], data.preprocess
-    monkeypatch.setattr(data, "preprocess", lambda case, recipe: names.append(case.name) or real(case, recipe))
+    monkeypatch.setattr(data, "preprocess", lambda case, preprocessing: names.append(case.name) or real(case, preprocessing))
     return names
 
 
@@ -504,28 +504,28 @@ def arrays(case: CachedCase) -> dict:
 
 
 def test_the_cache_holds_what_preprocess_returns(studies, tmp_path):
-    cached = data.build_cache(studies, Recipe(), tmp_path / "deep/cache", workers=1)
+    cached = data.build_cache(studies, Preprocessing(), tmp_path / "deep/cache", workers=1)
     for case, got in zip(studies, cached):
-        expected = data.preprocess(case, Recipe())
+        expected = data.preprocess(case, Preprocessing())
         assert np.array_equal(got.affine, expected["affine"]) and same(arrays(got), {k: expected[k] for k in arrays(got)})
         assert (got.name, got.patient, got.case, got.tumor) == (case.name, case.patient, case, bool(expected["label"].any()))
     assert [c.tumor for c in cached] == [False, True, True]
 
 
 def test_several_processes_make_the_same_cache_and_report_the_same_error(studies, tmp_path):
-    one, two = (data.build_cache(studies, Recipe(), tmp_path / f"cache{w}", workers=w) for w in (1, 2))
+    one, two = (data.build_cache(studies, Preprocessing(), tmp_path / f"cache{w}", workers=w) for w in (1, 2))
     assert all(same(arrays(a), arrays(b)) and np.array_equal(a.affine, b.affine) for a, b in zip(one, two))
     studies[1].label.write_bytes(b"broken")
     with refused(studies[1].label):
-        data.build_cache(studies, Recipe(), tmp_path / "cache3", workers=2)
+        data.build_cache(studies, Preprocessing(), tmp_path / "cache3", workers=2)
 
 
 def test_a_case_is_made_anew_when_a_file_or_the_recipe_changes_and_only_then(studies, tmp_path, made):
-    default = Recipe()
+    default = Preprocessing()
 
-    def build(recipe=default, cases=studies):
+    def build(preprocessing=default, cases=studies):
         made.clear()
-        return data.build_cache(cases, recipe, tmp_path / "cache", workers=1)
+        return data.build_cache(cases, preprocessing, tmp_path / "cache", workers=1)
 
     everyone = ["P0", "P1", "P2"]
     build()
@@ -537,8 +537,8 @@ def test_a_case_is_made_anew_when_a_file_or_the_recipe_changes_and_only_then(stu
     assert made == ["P2"]
     save(studies[0].label, np.ones((6, 7, 8), np.uint8))
     assert build()[0].array("label").all() and made == ["P0"]
-    for recipe in (Recipe(spacing=(4, 4, 4)), Recipe(ct_window=(0, 1)), Recipe(suv_window=(0, 1)), Recipe(orientation="RAS")):
-        build(recipe)
+    for preprocessing in (Preprocessing(spacing=(4, 4, 4)), Preprocessing(ct_window=(0, 1)), Preprocessing(suv_window=(0, 1)), Preprocessing(orientation="RAS")):
+        build(preprocessing)
         assert made == everyone
     build(cases=studies[::-1])  # their order is no matter
     assert made == []
@@ -549,7 +549,7 @@ def test_the_meaning_of_a_brain_label_is_part_of_the_entry(tmp_path):
     names = ({"1": "edema", "2": "core"}, {"1": "core", "2": "edema"})
     first, second = (brain(tmp_path / "B", np.ones((3, 3, 3, 4)), label, labels=n) for n in names)
     os.utime(first.images[0], ns=(1, 1)), os.utime(first.label, ns=(1, 1))  # the files are the same, the meaning is not
-    a, b = (data.build_cache([c], BRAIN_RECIPE, tmp_path / "cache", workers=1)[0].array("label") for c in (first, second))
+    a, b = (data.build_cache([c], BRAIN_PREPROCESSING, tmp_path / "cache", workers=1)[0].array("label") for c in (first, second))
     assert np.array_equal(a, label) and np.array_equal(b, np.array([0, 2, 1])[label])
 
 
@@ -573,18 +573,18 @@ def test_a_killed_run_leaves_a_whole_entry_or_none(studies, tmp_path, monkeypatc
     else:
         monkeypatch.setattr(np, "save", save_some)
     with pytest.raises(KeyboardInterrupt):
-        data.build_cache(studies, Recipe(), tmp_path / "cache", workers=1)
+        data.build_cache(studies, Preprocessing(), tmp_path / "cache", workers=1)
     monkeypatch.undo()
     for case in studies:
-        left = tmp_path / "cache" / f"{case.name}-{data._fingerprint(case, Recipe())}"
+        left = tmp_path / "cache" / f"{case.name}-{data._fingerprint(case, Preprocessing())}"
         assert not left.exists()
-    clean = data.build_cache(studies, Recipe(), tmp_path / "clean", workers=1)
-    again = data.build_cache(studies, Recipe(), tmp_path / "cache", workers=1)
+    clean = data.build_cache(studies, Preprocessing(), tmp_path / "clean", workers=1)
+    again = data.build_cache(studies, Preprocessing(), tmp_path / "cache", workers=1)
     assert all(same(arrays(a), arrays(b)) for a, b in zip(again, clean))
 
 
 def test_two_processes_may_make_one_entry_at_the_same_time(studies, tmp_path):
-    job = (studies[1], Recipe(), tmp_path / "cache/P1-x")
+    job = (studies[1], Preprocessing(), tmp_path / "cache/P1-x")
     for _ in range(2):  # the second finds the entry of the first in its way
         data._cache_one(job)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["P1-x"]
@@ -592,7 +592,7 @@ def test_two_processes_may_make_one_entry_at_the_same_time(studies, tmp_path):
 
 
 def test_arrays_are_memory_mapped_and_read_only_and_a_case_travels_light(studies, tmp_path):
-    case = data.build_cache(studies, Recipe(), tmp_path / "cache", workers=1)[1]
+    case = data.build_cache(studies, Preprocessing(), tmp_path / "cache", workers=1)[1]
     dtypes = {"image": np.float16, "label": np.uint8, "foreground": np.int16}
     for name, dtype in dtypes.items():
         array = case.array(name)
@@ -618,12 +618,12 @@ def test_many_cases_do_not_hold_many_files_open(tmp_path):
 
 def test_two_cases_of_one_name_are_refused(studies, tmp_path):
     with refused("P1", "twice"):
-        data.build_cache([*studies, studies[1]], Recipe(), tmp_path / "cache", workers=1)
+        data.build_cache([*studies, studies[1]], Preprocessing(), tmp_path / "cache", workers=1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- folds
 def crowd(rng) -> list:
-    """Patients with 1 to 3 studies; a patient is ill where any of the studies shows a tumour."""
+    """Patients with 1 to 3 studies; a patient is ill where any of the studies shows a tumor."""
     people = [(f"p{i}", rng.integers(1, 4), rng.random() < 0.5) for i in range(rng.integers(5, 40))]
     return [patient(f"{p}_{s}", p, bool(ill and (s == 0 or rng.random() < 0.5))) for p, n, ill in people for s in range(n)]
 
@@ -771,17 +771,17 @@ def test_iterating_over_a_dataset_ends_at_its_length(three):
     assert len(items) == 5 and len(list(itertools.islice(items, 8))) == 5
 
 
-@pytest.mark.parametrize("per_case", [1, 4])
-def test_each_round_visits_every_case_once_in_a_new_order(tmp_path, per_case):
+@pytest.mark.parametrize("patches_per_case", [1, 4])
+def test_each_round_visits_every_case_once_in_a_new_order(tmp_path, patches_per_case):
     cases = [entry(tmp_path / f"c{i}", np.zeros((3, 3, 3)), np.full((2, 3, 3, 3), i)) for i in range(7)]
-    items = PatchDataset(cases, (2, 2, 2), 7 * 5 * per_case, 0, STILL, per_case=per_case)
-    visits = np.array([int(items[n]["image"][0, 0, 0, 0]) for n in range(len(items))]).reshape(5, 7, per_case)
+    items = PatchDataset(cases, (2, 2, 2), 7 * 5 * patches_per_case, 0, STILL, patches_per_case=patches_per_case)
+    visits = np.array([int(items[n]["image"][0, 0, 0, 0]) for n in range(len(items))]).reshape(5, 7, patches_per_case)
     assert (visits == visits[:, :, :1]).all()  # the patches of a case follow one another
     assert (np.sort(visits[:, :, 0], axis=1) == np.arange(7)).all()
     assert len({tuple(v) for v in visits[:, :, 0]}) == 5
 
 
-def test_two_of_three_patches_hold_tumour(tmp_path):
+def test_two_of_three_patches_hold_tumor(tmp_path):
     label = np.zeros((40, 40, 40))
     label[20, 31, 3] = 1  # a negative patch of 3^3 meets this voxel once in 2,000 times
     items = PatchDataset([entry(tmp_path / "c", label)], (3, 3, 3), 2000, 0)
@@ -789,14 +789,14 @@ def test_two_of_three_patches_hold_tumour(tmp_path):
 
 
 @pytest.mark.parametrize("positive", [0, 1])
-def test_a_patch_of_one_voxel_is_tumour_or_is_not(tmp_path, positive):
+def test_a_patch_of_one_voxel_is_tumor_or_is_not(tmp_path, positive):
     case = entry(tmp_path / "c", np.random.default_rng(0).random((9, 9, 9)) < 0.5)
-    items = PatchDataset([case], (1, 1, 1), 300, 0, STILL, positive=positive)
+    items = PatchDataset([case], (1, 1, 1), 300, 0, STILL, foreground_fraction=positive)
     assert {int(items[n]["label"]) for n in range(300)} == {positive}
 
 
-def test_positive_patches_without_rotation_always_hold_tumour(three):
-    items = PatchDataset(three[:2], (5, 8, 3), 200, 0, Augmentation(intensity=1), positive=1)
+def test_positive_patches_without_rotation_always_hold_tumor(three):
+    items = PatchDataset(three[:2], (5, 8, 3), 200, 0, Augmentation(intensity=1), foreground_fraction=1)
     assert all(items[n]["tumor"] for n in range(200))
 
 
@@ -807,16 +807,16 @@ def test_a_patch_may_be_a_slice_one_voxel_thick(tmp_path):
         assert all(items[n]["image"].shape == (2, *patch) for n in range(20))
 
 
-def test_tumour_voxels_are_all_drawn_with_equal_chance(tmp_path):
+def test_tumor_voxels_are_all_drawn_with_equal_chance(tmp_path):
     label = np.zeros((6, 6, 6))
     label[[0, 0, 5, 2], [0, 5, 5, 3], [0, 1, 5, 4]] = 1  # corners too
     image = np.arange(216).reshape(6, 6, 6)
-    items = PatchDataset([entry(tmp_path / "c", label, np.stack([image, image]))], (1, 1, 1), 1200, 0, STILL, positive=1)
+    items = PatchDataset([entry(tmp_path / "c", label, np.stack([image, image]))], (1, 1, 1), 1200, 0, STILL, foreground_fraction=1)
     drawn, count = np.unique([int(items[n]["image"][0]) for n in range(1200)], return_counts=True)
     assert drawn.tolist() == [0, 31, 2 * 36 + 3 * 6 + 4, 215] and count.min() > 240  # 300 each, sd 15
 
 
-def test_healthy_patients_and_patients_that_are_all_tumour_give_patches(tmp_path):
+def test_healthy_patients_and_patients_that_are_all_tumor_give_patches(tmp_path):
     for value, name in enumerate(("healthy", "all")):
         items = PatchDataset([entry(tmp_path / name, np.full((5, 5, 5), value))], (3, 3, 3), 20)
         assert {float(items[n]["tumor"]) for n in range(20)} == {float(value)}
@@ -1164,7 +1164,7 @@ def test_cubes_outside_the_volume_or_of_a_wrong_shape_are_refused(corners, size)
 # --------------------------------------------------------------------------------------------------------------- real data
 def test_a_real_petct_study_is_preprocessed(real_petct, tmp_path):
     case = next(c for c in data.find_petct(real_petct) if c.name == "STS_002")
-    (cached,) = data.build_cache([case], Recipe(), tmp_path, workers=1)
+    (cached,) = data.build_cache([case], Preprocessing(), tmp_path, workers=1)
     image, label = cached.array("image"), cached.array("label")
     truth = nib.load(case.label)
     assert cached.tumor and cached.patient == "STS_002" and image.shape == (2, *label.shape)
@@ -1174,14 +1174,14 @@ def test_a_real_petct_study_is_preprocessed(real_petct, tmp_path):
     assert label.sum() * 12 == pytest.approx(volume, rel=0.04)
     centre = [apply_affine(a, ndimage.center_of_mass(x)) for a, x in ((cached.affine, label), (truth.affine, truth.get_fdata()))]
     assert np.abs(np.subtract(*centre)).max() < 0.2  # mm
-    item = PatchDataset([cached], (96, 96, 96), 1, positive=1)[0]  # larger than the study along an axis
+    item = PatchDataset([cached], (96, 96, 96), 1, foreground_fraction=1)[0]  # larger than the study along an axis
     assert item["image"].shape == (2, 96, 96, 96) and item["label"].sum() == label.sum()
 
 
 def test_the_real_brain_case_is_preprocessed(real_brain):
     (case,) = data.find_brain(real_brain)
     assert case.channels == (3, 0) and dict(case.roles) == {1: "edema", 2: "core", 3: "core"}
-    out = data.preprocess(case, replace(BRAIN_RECIPE, spacing=(1, 1, 1)))
+    out = data.preprocess(case, replace(BRAIN_PREPROCESSING, spacing=(1, 1, 1)))
     image, label = out["image"].astype(np.float32), out["label"]
     truth = np.asarray(nib.load(case.label).dataobj)
     assert nib.aff2axcodes(out["affine"]) == ("R", "A", "S") and max(label.shape) < 240  # cropped

@@ -82,7 +82,7 @@ def test_dice_ce_reference_in_float64():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_by_hand(path):
-    # p(tumour) = 0.75 and 0.25, truth (tumour, background). I = 0.75, P = 1, T = 1: Dice = 0.75. CE = -log 0.75.
+    # p(tumor) = 0.75 and 0.25, truth (tumor, background). I = 0.75, P = 1, T = 1: Dice = 0.75. CE = -log 0.75.
     log3 = torch.tensor(3.0).log().item()
     logits = torch.tensor([[0.0, 0.0], [log3, -log3]], device=DEVICE).reshape(1, 2, 1, 1, 2).requires_grad_()
     loss, dice = path(logits, torch.tensor([1, 0], device=DEVICE).reshape(1, 1, 1, 2), smooth_nr=0.0, smooth_dr=0.0)

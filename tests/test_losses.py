@@ -71,7 +71,7 @@ def test_total_is_the_weighted_sum_of_its_parts(release):
         assert (more - base).item() == pytest.approx(term.item(), rel=1e-4), name
 
 
-# Two voxels, two classes, logits chosen so that p(tumour) = 0.75 and 0.25; the truth is (tumour, background).
+# Two voxels, two classes, logits chosen so that p(tumor) = 0.75 and 0.25; the truth is (tumor, background).
 LOGITS = torch.tensor([[0.0, 0.0], [math.log(3.0), -math.log(3.0)]]).reshape(1, 2, 1, 1, 2)
 TRUTH = torch.tensor([1, 0]).reshape(1, 1, 1, 1, 2)
 
@@ -92,7 +92,7 @@ def test_dice_and_cross_entropy_by_hand():
 
 
 def test_class_weights_by_hand():
-    # p = (0.75, 0.25) at a tumour and (0.25, 0.75) swapped at a second tumour voxel: -log 0.25 and -log 0.75 with weights 1 and 3.
+    # p = (0.75, 0.25) at a tumor and (0.25, 0.75) swapped at a second tumor voxel: -log 0.25 and -log 0.75 with weights 1 and 3.
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(3.0)]]).reshape(1, 2, 1, 1, 2)  # p(0) = 0.75, 0.25
     truth = torch.tensor([1, 1]).reshape(1, 1, 1, 1, 2)
     other = torch.tensor([0, 1]).reshape(1, 1, 1, 1, 2)

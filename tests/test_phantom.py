@@ -61,7 +61,7 @@ def test_a_third_of_the_patients_is_healthy_and_only_they_have_no_lesion():
     assert phantom.petct_study(0, spacing=SMALL, healthy=False).seg.any()
 
 
-def test_no_suv_threshold_finds_the_tumours(studies):
+def test_no_suv_threshold_finds_the_tumors(studies):
     # 16 studies, since the best threshold of a handful of patients flatters itself
     more = (phantom.petct_study(index) for index in range(8, 16))
     ill = [s for s in (*studies, *more) if s.seg.any()]

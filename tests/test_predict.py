@@ -15,7 +15,7 @@ import data
 import phantom
 import predict
 import train
-from data import Recipe
+from data import Preprocessing
 from files import UserError
 from metrics import case_metrics
 from mirror_unet import MirrorOutput, MirrorUNet
@@ -94,7 +94,7 @@ def test_mirroring_at_test_time_averages_the_eight_mirror_images():
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4"])
-def test_probability_of_tumour_is_that_of_the_whole_network(version):
+def test_probability_of_tumor_is_that_of_the_whole_network(version):
     net = MirrorUNet(version, channels=TINY).eval()
     x = torch.randn(2, 2, 32, 32, 32)
     out = net(x)
@@ -148,7 +148,7 @@ def test_a_known_mask_survives_the_way_to_the_network_and_back(tmp_path, codes):
     suv = np.full(truth.shape, 0.5, np.float32) + 4 * truth
     for name, array in (("SUV", suv), ("CTres", suv * 0), ("SEG", truth.astype(np.uint8))):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
-    (case,) = data.build_cache(data.find_petct(tmp_path), Recipe(spacing=(2.5, 2.5, 2.5)), tmp_path / "cache", workers=1)
+    (case,) = data.build_cache(data.find_petct(tmp_path), Preprocessing(spacing=(2.5, 2.5, 2.5)), tmp_path / "cache", workers=1)
     masks = to_masks(case.array("label")[None].astype(np.float32), case.affine, nib.load(tmp_path / "SUV.nii.gz"), 0.5)
     (row,) = evaluate(case.case, truth_of(case.case), masks, ("seg",))
     assert row["dice"] >= 0.97 and row["fpv_ml"] == 0 and row["fnv_ml"] == 0
@@ -156,7 +156,7 @@ def test_a_known_mask_survives_the_way_to_the_network_and_back(tmp_path, codes):
 
 
 class Oracle(torch.nn.Module):
-    """Segments by a threshold on its second channel: what the file says is tumour comes out as tumour, on the network's grid."""
+    """Segments by a threshold on its second channel: what the file says is tumor comes out as tumor, on the network's grid."""
 
     def __init__(self, threshold: float):
         super().__init__()
@@ -209,26 +209,26 @@ def test_outside_the_network_grid_there_is_nothing():
 
 
 @pytest.mark.parametrize(
-    "tumour, organ, low, dice, fpv",
+    "tumor, organ, low, dice, fpv",
     [
         (6, 9, 0.3, 2 * 512 / (576 + 512), 64 * 0.012),  # the organ is hotter: the best threshold pays with false positives
         (9, 6, 6, 1, 0),  # it lies between them, above the window of the network's input
     ],
 )
-def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path, tumour, organ, low, dice, fpv):
+def test_the_suv_threshold_is_the_best_of_the_training_studies(tmp_path, tumor, organ, low, dice, fpv):
     suv, seg = np.full((24, 24, 24), 0.3, np.float32), np.zeros((24, 24, 24), np.uint8)
     seg[4:12, 4:12, 4:12] = 1  # 512 voxels
-    suv[seg > 0] = tumour
-    suv[16:20, 16:20, 16:20] = organ  # 64 voxels, no tumour
+    suv[seg > 0] = tumor
+    suv[16:20, 16:20, 16:20] = organ  # 64 voxels, no tumor
     for i in range(2):
         folder = tmp_path / f"P{i}"
         folder.mkdir()
         for name, array in (("SUV", suv), ("CTres", suv * 0 + i), ("SEG", seg)):
             nib.save(nib.Nifti1Image(array, np.diag([-2.0, 2.0, 3.0, 1.0])), folder / f"{name}.nii.gz")
-    recipe = Recipe(suv_window=(0.0, 5.0), spacing=(4.0, 4.0, 6.0))  # neither its window nor its grid is the threshold's
-    a, b = data.build_cache(data.find_petct(tmp_path), recipe, tmp_path / "cache", workers=1)
+    preprocessing = Preprocessing(suv_window=(0.0, 5.0), spacing=(4.0, 4.0, 6.0))  # neither its window nor its grid is the threshold's
+    a, b = data.build_cache(data.find_petct(tmp_path), preprocessing, tmp_path / "cache", workers=1)
     best, (row,) = suv_threshold([a], [b])
-    assert low < best <= tumour
+    assert low < best <= tumor
     assert row["dice"] == pytest.approx(dice) and row["fpv_ml"] == pytest.approx(fpv)
 
 
@@ -400,7 +400,7 @@ def test_a_strangers_checkpoint_cannot_run_code(tmp_path):
 
 
 def test_the_real_brain_case_trains_predicts_and_is_scored(real_brain, tmp_path):
-    """One real glioma, coarse and briefly: the whole way from files to a table of core, whole tumour and edema."""
+    """One real glioma, coarse and briefly: the whole way from files to a table of core, whole tumor and edema."""
     more = "--spacing 4 4 4 --patch 48 48 48 --channels 4 6 8 10 12 --steps 3 --validations 1 --no-flips".split()
     train.main(["--data", "brain", "--root", str(real_brain), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), *more])
     best = str(tmp_path / "run" / "best.pt")

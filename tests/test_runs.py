@@ -22,7 +22,7 @@ from test_train import SMALL, make_run
 import data
 import phantom
 import train
-from files import CannotWrite, clean_parts, whole
+from files import CannotWrite, atomic_write, clean_parts
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
 
@@ -183,14 +183,14 @@ def test_a_full_disk_leaves_no_half_cache_entry_and_no_half_mask(studies, tmp_pa
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), whole(path) as part:
+    with pytest.raises(KeyError), atomic_write(path) as part:
         part.write_text("half")
         raise KeyError
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
     assert path.read_text() == "new"
-    with pytest.raises(CannotWrite, match="cannot be written"), whole(path / "below"):
+    with pytest.raises(CannotWrite, match="cannot be written"), atomic_write(path / "below"):
         pass
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -259,7 +259,7 @@ BAD_DATA = {  # what is done to a folder of good studies: (change, words of the 
     "origins that differ": (lambda r: edit(r / SEG, lambda a, m: (a, m + np.eye(4)[:, :1] * [[0, 0, 0, 9]])), [SEG, "not on one grid"]),
     "NaN": (lambda r: edit(r / SUV, with_nan), [SUV, "1 voxels are NaN or infinite", "set them to 0"]),
     "4D": (lambda r: edit(r / SUV, lambda a, m: (np.stack([a, a], -1), m)), [SUV, "expected 3 dimensions", "take one volume"]),
-    "labels out of range": (lambda r: edit(r / SEG, lambda a, m: (a + 6, m)), [SEG, "expected labels 0 and 1", "write tumour as 1"]),
+    "labels out of range": (lambda r: edit(r / SEG, lambda a, m: (a + 6, m)), [SEG, "expected labels 0 and 1", "write tumor as 1"]),
     "Bq/ml": (lambda r: edit(r / SUV, lambda a, m: (a * 5000, m)), [SUV, "look like Bq/ml, not SUV", "divide by injected dose"]),
     "an empty folder": (lambda r: shutil.rmtree(r) or r.mkdir(), ["no SUV.nii.gz at any depth", "expected AutoPET's layout"]),
     "no folder": (lambda r: shutil.rmtree(r), ["no such folder"]),

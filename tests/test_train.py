@@ -74,7 +74,7 @@ def test_every_preset_is_a_valid_config(name):
 def test_the_papers_recipes_are_the_papers():
     c = parse_config(["--preset", "autopet", "--root", "x"])
     assert (c.spacing, c.ct_window, c.suv_window, c.patch) == ((2.0, 2.0, 3.0), (-100.0, 250.0), (0.0, 15.0), (96, 96, 96))
-    assert (c.optimizer, c.lr, c.weight_decay, c.schedule, c.per_case) == ("adam", 1e-3, 1e-5, "step", 4)
+    assert (c.optimizer, c.lr, c.weight_decay, c.schedule, c.patches_per_case) == ("adam", 1e-3, 1e-5, "step", 4)
     assert (c.positive, c.rotate, c.scale, c.flip, c.cube, c.sigma) == (2 / 3, 0.2, 0.2, 0.5, 16, 0.3)
     assert (c.lambda_seg, c.lambda_rec, c.lambda_cls, c.channels) == (0.5, 1e-3, 1e-2, (16, 32, 64, 128, 256))
     assert (c.data, c.model, c.corrupt) == ("petct", "v3", "shuffle")

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 1. Fission: two networks that share a bottleneck
 #
-# A PET/CT scanner takes two pictures of the same body. **PET** shows where sugar is used: tumours light up, and so do brain, heart,
-# kidneys and bladder. **CT** shows what the body is made of. To find tumours one wants both, and nearly every network *fuses* them:
+# A PET/CT scanner takes two pictures of the same body. **PET** shows where sugar is used: tumors light up, and so do brain, heart,
+# kidneys and bladder. **CT** shows what the body is made of. To find tumors one wants both, and nearly every network *fuses* them:
 # the two images enter as two channels, or two predictions are averaged at the end.
 #
 # Mirror U-Net ([arXiv 2303.07126](https://arxiv.org/abs/2303.07126)) does the opposite, **fission**: each modality keeps a U-Net of its
@@ -46,51 +46,51 @@ plt.rcParams["figure.dpi"] = 90
 spacing = (6.0, 6.0, 6.0)  # mm: coarse, so that everything here is quick
 phantom.write_petct("cache/tutorials/petct-6mm", 2, spacing=spacing)
 case = data.find_petct("cache/tutorials/petct-6mm")[0]
-study = data.preprocess(case, data.Recipe(spacing=spacing))
+study = data.preprocess(case, data.Preprocessing(spacing=spacing))
 ct, pet = study["image"].astype(np.float32)
-tumour = study["label"]
+tumor = study["label"]
 
-where = int(tumour.sum((0, 2)).argmax())  # the coronal slice with the most tumour
+where = int(tumor.sum((0, 2)).argmax())  # the coronal slice with the most tumor
 fig, axes = plt.subplots(1, 3, figsize=(8.5, 6.6), layout="constrained")
 axes[0].imshow(ct[:, where].T, origin="lower", cmap="gray")
 axes[1].imshow(pet.max(1).T, origin="lower", cmap="gray_r", vmax=0.7)
 axes[2].imshow(pet[:, where].T, origin="lower", cmap="gray_r", vmax=0.7)
-axes[2].contour(tumour[:, where].T, [0.5], colors=figures.TRUTH)
-for ax, title in zip(axes, ("CT, one slice", "PET, brightest along the view", "PET, tumours outlined")):
+axes[2].contour(tumor[:, where].T, [0.5], colors=figures.TRUTH)
+for ax, title in zip(axes, ("CT, one slice", "PET, brightest along the view", "PET, tumors outlined")):
     ax.set(title=title, xticks=[], yticks=[])
 plt.show()
 
 # %% [markdown]
-# In the projection (middle; uptake is dark) one sees four tumours: two that the slice on the right outlines, one in the spine and one
+# In the projection (middle; uptake is dark) one sees four tumors: two that the slice on the right outlines, one in the spine and one
 # in the liver. Brain and bladder are as dark, and kidneys not much lighter. How far does each modality get by its values alone? Here
-# are all voxels of the body, and those of the tumours:
+# are all voxels of the body, and those of the tumors:
 
 # %%
 body = ct > 0
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
 for ax, image, title in ((axes[0], ct, "CT: -100 to 250 HU became 0 to 1"), (axes[1], pet, "PET: SUV 0 to 15 became 0 to 1")):
-    for mask, color, label in ((body, "#8a919c", "body"), (tumour > 0, figures.TRUTH, "tumour")):
+    for mask, color, label in ((body, "#8a919c", "body"), (tumor > 0, figures.TRUTH, "tumor")):
         ax.hist(image[mask], bins=50, range=(0, 1), density=True, histtype="stepfilled", alpha=0.6, color=color, label=label)
     ax.set(title=title, yscale="log", ylabel="share of voxels (log scale)", yticks=[])
 axes[1].legend()
 plt.show()
 
-low, high = np.percentile(ct[tumour > 0], [10, 90])
+low, high = np.percentile(ct[tumor > 0], [10, 90])
 alike = ((ct[body] > low) & (ct[body] < high)).mean()
-hotter = (pet[body] > np.median(pet[tumour > 0])).mean()
-print(f"{(tumour[body] > 0).mean():.1%} of the body's voxels are tumour")
-print(f"CT: {alike:.0%} of them have values like the middle four fifths of the tumours' voxels")
-print(f"PET: {hotter:.1%} of them are hotter than half of the tumours' voxels")
+hotter = (pet[body] > np.median(pet[tumor > 0])).mean()
+print(f"{(tumor[body] > 0).mean():.1%} of the body's voxels are tumor")
+print(f"CT: {alike:.0%} of them have values like the middle four fifths of the tumors' voxels")
+print(f"PET: {hotter:.1%} of them are hotter than half of the tumors' voxels")
 
 # %% [markdown]
-# In CT three of the tumours have the values of soft tissue, and the one in the spine those of bone (at 1). PET has the contrast, but
-# most of what is hot is not tumour. So the modalities are not two views of one kind: they are good at *different tasks*.
+# In CT three of the tumors have the values of soft tissue, and the one in the spine those of bone (at 1). PET has the contrast, but
+# most of what is hot is not tumor. So the modalities are not two views of one kind: they are good at *different tasks*.
 #
 # **Why not fuse, then?** In early fusion (two channels into one U-Net) no layer belongs to a modality, and a single loss decides what
 # is taken from which: nothing asks for the anatomy as such. In late fusion (two U-Nets, predictions averaged) the CT has to segment
 # what it hardly shows. Fission gives each its own task:
 #
-# * the **PET** branch segments the tumour;
+# * the **PET** branch segments the tumor;
 # * the **CT** branch reconstructs its own (corrupted) input: a task that needs no labels and is all anatomy;
 # * both send their features through **the same bottleneck weights**, which must therefore serve both.
 #
@@ -193,7 +193,7 @@ plt.show()
 # |---|---|---|---|
 # | v1 | reconstruct CT | segment | – |
 # | v2 | reconstruct CT | segment | a light decoder reconstructs PET from *both* bottlenecks |
-# | v3 | reconstruct CT | segment | as v2, and a classifier: is there a tumour at all? |
+# | v3 | reconstruct CT | segment | as v2, and a classifier: is there a tumor at all? |
 # | v4 | segment | segment | –; the two segmentations are averaged, $w\cdot\mathrm{CT}+(1-w)\cdot\mathrm{PET}$ with $w=0.1$ |
 
 # %%
@@ -207,7 +207,7 @@ draw(MirrorUNet("v4"))
 
 # %% [markdown]
 # The network returns a named tuple; a field is `None` where a version has no such output. `seg` holds logits (numbers whose softmax are
-# the probabilities) of background and tumour.
+# the probabilities) of background and tumor.
 
 # %%
 x = torch.rand(1, 2, 32, 32, 32)
@@ -286,7 +286,7 @@ except ValueError as error:
 # %% [markdown]
 # ## Weights are shared, not features
 #
-# Now the point that is easiest to miss. Follow the arrows in v1's drawing from "segment tumour" back to the left: decoder, bottleneck,
+# Now the point that is easiest to miss. Follow the arrows in v1's drawing from "segment tumor" back to the left: decoder, bottleneck,
 # encoder, PET. No arrow comes from the CT. The branches use the same *weights* at level 5, but each sends its own image through them.
 #
 # **Your turn.** If that is so, what happens to the segmentation of v1, v2, v3 and v4 when the CT is replaced by noise? And the two
@@ -296,9 +296,9 @@ except ValueError as error:
 # nothing about other patients. The loss is the subject of the next notebook; `MirrorLoss` knows each version's.)
 
 # %%
-low = int(np.clip(tumour.sum((0, 1)).argmax() - 24, 0, tumour.shape[2] - 48))
+low = int(np.clip(tumor.sum((0, 1)).argmax() - 24, 0, tumor.shape[2] - 48))
 slab = torch.from_numpy(study["image"][None, :, 8:56, :, low : low + 48]).float()  # (1, 2, 48, 48, 48)
-truth = torch.from_numpy(tumour[None, None, 8:56, :, low : low + 48]).long()
+truth = torch.from_numpy(tumor[None, None, 8:56, :, low : low + 48]).long()
 batch = {"ct": slab[:, :1], "pet": slab[:, 1:], "seg": truth, "tumor": torch.ones(1)}
 
 trained = {}
@@ -322,11 +322,11 @@ torch.manual_seed(1)
 noisy = slab.clone()
 noisy[:, 0] = torch.rand_like(slab[:, 0])
 
-changes, tumour_maps = {}, {}
+changes, tumor_maps = {}, {}
 with torch.no_grad():
     for version, net in trained.items():
         before, after = net(slab), net(noisy)
-        tumour_maps[version] = [o.seg.softmax(1)[0, 1].numpy() for o in (before, after)]
+        tumor_maps[version] = [o.seg.softmax(1)[0, 1].numpy() for o in (before, after)]
         for name, a, b in zip(before._fields, before, after):
             if a is not None:
                 changes[version, name] = (a - b).abs().max().item()
@@ -346,12 +346,12 @@ for ax, (title, image, cmap) in zip(axes[:, 0], inputs):
     ax.set_ylabel(title)
 axes[3, 0].axis("off")
 for row, version in zip(axes[:, 1:], trained):
-    a, b = tumour_maps[version]
+    a, b = tumor_maps[version]
     row[0].imshow(a[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=1)
     row[1].imshow(b[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=1)
     shown = row[2].imshow(np.abs(a - b)[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=0.1)
     row[0].set_ylabel(version, fontsize=13)
-for ax, title in zip(axes[0], ("inputs", "P(tumour), with the CT", "P(tumour), with noise", "difference")):
+for ax, title in zip(axes[0], ("inputs", "P(tumor), with the CT", "P(tumor), with noise", "difference")):
     ax.set_title(title, fontsize=10)
 for ax in axes.ravel():
     ax.set(xticks=[], yticks=[])

@@ -4,7 +4,7 @@
 # A network that segments gives a probability to every voxel; the *loss* is the one number that says how wrong they are together, and
 # its gradient is all the network ever learns from. Mirror U-Net adds two losses for segmentation, **Dice** and **cross entropy**, and
 # then more for the other tasks. This notebook computes each on four voxels with pencil and paper, asks why there are two, derives the
-# gradient, and meets the traps: tumours that are tiny, tumours that are absent, and 16-bit numbers.
+# gradient, and meets the traps: tumors that are tiny, tumors that are absent, and 16-bit numbers.
 #
 # You need PyTorch's basics. It runs in about half a minute, without a GPU and with nothing to download.
 
@@ -37,7 +37,7 @@ DICE, CE, BOTH = "#d95f02", "#1b6ca8", "#5e3c99"  # colours of the two losses an
 # %% [markdown]
 # ## Four voxels
 #
-# Truth $t_v$ is 1 in tumour and 0 elsewhere, $p_v$ the predicted probability of tumour. Over all $N$ voxels $v$,
+# Truth $t_v$ is 1 in tumor and 0 elsewhere, $p_v$ the predicted probability of tumor. Over all $N$ voxels $v$,
 #
 # $$I=\sum_v p_v t_v\qquad P=\sum_v p_v\qquad T=\sum_v t_v$$
 #
@@ -61,7 +61,7 @@ fig, (left, middle) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
 at = np.arange(4)
 left.bar(at - 0.2, t, 0.4, color="#c9ced6", label="truth t")
 left.bar(at + 0.2, p, 0.4, color=BOTH, label="prediction p")
-left.set(xticks=at, xlabel="voxel", title="four voxels, two of them tumour")
+left.set(xticks=at, xlabel="voxel", title="four voxels, two of them tumor")
 left.legend()
 middle.bar(at, -right.log(), 0.5, color=CE)
 middle.axhline(ce, color="black", lw=1, ls="--", label="their mean: CE")
@@ -71,13 +71,13 @@ plt.show()
 
 # %% [markdown]
 # A network does not give probabilities but *logits*, any numbers, one a class; softmax makes them probabilities. For two classes only
-# their difference counts: $p=\sigma(z)=1/(1+e^{-z})$ with $z = \text{logit of tumour} - \text{logit of background}$. So the library's
+# their difference counts: $p=\sigma(z)=1/(1+e^{-z})$ with $z = \text{logit of tumor} - \text{logit of background}$. So the library's
 # losses, which take logits $(B, C, D, H, W)$ and integer labels $(B, 1, D, H, W)$, must give the same numbers for the logits $0$ and
 # $\log\frac{p}{1-p}$:
 
 # %%
 z = (p / (1 - p)).log()
-logits = torch.stack([torch.zeros(4), z]).view(1, 2, 1, 1, 4)  # background, tumour
+logits = torch.stack([torch.zeros(4), z]).view(1, 2, 1, 1, 4)  # background, tumor
 labels = t.view(1, 1, 1, 1, 4)
 print(f"soft_dice {losses.soft_dice(logits, labels):.4f}   cross_entropy {losses.cross_entropy(logits, labels):.4f}", end="   ")
 print(f"dice_ce {losses.dice_ce(logits, labels):.4f}, their sum")
@@ -122,7 +122,7 @@ def gradients(z, t, s=1e-5):
 logits = logits.double().requires_grad_()
 for name, loss, mine in zip(("Dice", "CE"), (losses.soft_dice, losses.cross_entropy), gradients(z.double(), t)):
     (found,) = torch.autograd.grad(loss(logits, labels), logits)
-    found = found[0, 1].flatten()  # of the tumour's logit; the background's is its negative
+    found = found[0, 1].flatten()  # of the tumor's logit; the background's is its negative
     print(f"{name:5} by hand {mine.numpy().round(4)}   autograd {found.numpy().round(4)}")
     assert torch.allclose(mine, found, atol=1e-12)
 
@@ -142,7 +142,7 @@ for loss in (losses.soft_dice, losses.cross_entropy, losses.dice_ce):
 # %% [markdown]
 # ## Why the two are added
 #
-# Look at the two gradients again, for one voxel of a small tumour: 1,000 voxels in a patch of $96^3$ = 884,736, of which about half has
+# Look at the two gradients again, for one voxel of a small tumor: 1,000 voxels in a patch of $96^3$ = 884,736, of which about half has
 # been found so far ($D=0.5$, $P=T$).
 
 # %%
@@ -150,19 +150,19 @@ N, T_, D = 96**3, 1000, 0.5
 S = 2 * T_
 grid = torch.logspace(-5, 0, 400)[:-1]
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-for ax, truth, title in ((axes[0], 1, "a tumour voxel: pulled up"), (axes[1], 0, "a background voxel: pushed down")):
+for ax, truth, title in ((axes[0], 1, "a tumor voxel: pulled up"), (axes[1], 0, "a background voxel: pushed down")):
     ax.loglog(grid, grid * (1 - grid) * abs(D - 2 * truth) / S, color=DICE, lw=2, label="Dice loss")
     ax.loglog(grid, (grid - truth).abs() / N, color=CE, lw=2, label="CE")
-    ax.set(title=title, xlabel="its predicted probability of tumour", ylim=(1e-11, 1e-3))
+    ax.set(title=title, xlabel="its predicted probability of tumor", ylim=(1e-11, 1e-3))
     ax.grid(alpha=0.3)
 axes[0].set_ylabel("|gradient| of one voxel")
 axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# * **Dice divides by the tumour's size, CE by the patch's.** In the middle Dice pulls hundreds of times harder: the 1,000 voxels are
+# * **Dice divides by the tumor's size, CE by the patch's.** In the middle Dice pulls hundreds of times harder: the 1,000 voxels are
 #   not outvoted by 883,736 others, and the loss is near to the score one wants in the end.
-# * **Dice goes silent where the network is sure and wrong.** The factor $p(1-p)$ fades on the left: a tumour voxel with $p=10^{-5}$ is
+# * **Dice goes silent where the network is sure and wrong.** The factor $p(1-p)$ fades on the left: a tumor voxel with $p=10^{-5}$ is
 #   hardly pulled at all. CE's $(1-p)$ stays, however wrong. It also goes on being interested in whether 0.6 should be 0.9: it wants
 #   probabilities that are *true*.
 #
@@ -216,14 +216,14 @@ def mosaic(pictures):
 
 fig, axes = plt.subplots(1, 4, figsize=(9.4, 2.9), layout="constrained")
 axes[0].imshow(mosaic(picture[:9, 0]), cmap="gray")
-for ax, p_tumour in zip(axes[1:], prob.values()):
-    image = ax.imshow(mosaic(p_tumour[:9]), cmap="magma", vmin=0, vmax=1)
+for ax, p_tumor in zip(axes[1:], prob.values()):
+    image = ax.imshow(mosaic(p_tumor[:9]), cmap="magma", vmin=0, vmax=1)
 for ax, title in zip(axes, ("nine pictures", *[f"trained with {name}" for name in prob])):
     ax.contour(mosaic(truth[:9, 0]), [0.5], colors=figures.TRUTH, linewidths=0.9)
     ax.set_title(title, fontsize=10)
     ax.set(xticks=[48, 96], yticks=[48, 96], xticklabels=[], yticklabels=[])
     ax.grid(color="#888888", lw=0.5)
-fig.colorbar(image, ax=axes[3], label="P(tumour)", shrink=0.75)
+fig.colorbar(image, ax=axes[3], label="P(tumor)", shrink=0.75)
 plt.show()
 
 # %% [markdown]
@@ -231,9 +231,9 @@ plt.show()
 # alone finds more, and is black and white about it: it is as sure where it is wrong, so that its CE is several times higher. The sum
 # has the overlap of Dice with a third of its CE, or so.
 #
-# ## When there is no tumour
+# ## When there is no tumor
 #
-# A patch without tumour has $T=0$ and $I=0$, and all that is left of Dice is
+# A patch without tumor has $T=0$ and $I=0$, and all that is left of Dice is
 #
 # $$D=\frac{s}{P+s}$$
 #
@@ -259,19 +259,19 @@ plt.show()
 # patch is a *constant*, and CE alone does the work. Only when $P$ is far below $s$ does Dice notice that all is well.
 #
 # Two ways out. A larger $s$ (dashed) makes a gentler curve. The paper's way is `batch=True`: sums are taken over the whole batch
-# *before* the ratio, so that an empty patch is judged together with one that has tumour. The false voxels of the empty patch then spoil
+# *before* the ratio, so that an empty patch is judged together with one that has tumor. The false voxels of the empty patch then spoil
 # a Dice that can be spoilt:
 
 # %%
 torch.manual_seed(0)
 batch_labels = torch.zeros(2, 1, 8, 8, 8, dtype=torch.long)
-batch_labels[0, 0, 2:6, 2:6, 2:6] = 1  # tumour in the first patch, none in the second
+batch_labels[0, 0, 2:6, 2:6, 2:6] = 1  # tumor in the first patch, none in the second
 z = torch.randn(2, 8, 8, 8) + 4 * batch_labels[:, 0] - 2
 batch_logits = torch.stack([torch.zeros_like(z), z], 1).requires_grad_()
 for batch in (True, False):
     (g,) = torch.autograd.grad(losses.soft_dice(batch_logits, batch_labels, batch=batch), batch_logits)
     print(
-        f"batch={batch!s:5}   mean |gradient| in the patch with tumour {g[0].abs().mean():.1e}, in the empty patch {g[1].abs().mean():.1e}"
+        f"batch={batch!s:5}   mean |gradient| in the patch with tumor {g[0].abs().mean():.1e}, in the empty patch {g[1].abs().mean():.1e}"
     )
 
 # %% [markdown]
@@ -317,7 +317,7 @@ print(f"as sure and as wrong as fp16 can be: loss {value.item():.0f} ({value.dty
 #
 # * **v1** L2: the mean squared error of the CT's reconstruction against the *clean* CT.
 # * **v2** L2: one mean over the reconstructions of CT and PET (the latter from the bottleneck).
-# * **v3** as v2, plus BCE: cross entropy of one yes-or-no question, "is there a tumour in this patch?".
+# * **v3** as v2, plus BCE: cross entropy of one yes-or-no question, "is there a tumor in this patch?".
 # * **v4** Dice + CE of the averaged logits, nothing else.
 #
 # `MirrorLoss` is that sum. It returns the total, and every part without its weight. Here with an untrained v3 and a patch of a
@@ -325,7 +325,7 @@ print(f"as sure and as wrong as fp16 can be: loss {value.item():.0f} ({value.dty
 
 # %%
 phantom.write_petct("cache/tutorials/petct-6mm", 2, spacing=(6.0, 6.0, 6.0))
-study = data.preprocess(data.find_petct("cache/tutorials/petct-6mm")[0], data.Recipe(spacing=(6.0, 6.0, 6.0)))
+study = data.preprocess(data.find_petct("cache/tutorials/petct-6mm")[0], data.Preprocessing(spacing=(6.0, 6.0, 6.0)))
 middle_ = np.median(study["foreground"], axis=0).astype(int)
 patch = data.read_region(study["image"], middle_ - 24, (48, 48, 48)).astype(np.float32)
 label = data.read_region(study["label"], middle_ - 24, (48, 48, 48)).astype(np.int64)

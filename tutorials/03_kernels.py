@@ -63,7 +63,7 @@ from traffic import CountEager, count_triton, total
 print(inspect.getsource(eager_dice_ce))
 
 size = 32
-logits = torch.randn(1, 2, size, size, size, requires_grad=True)  # (B, C, D, H, W): background and tumour
+logits = torch.randn(1, 2, size, size, size, requires_grad=True)  # (B, C, D, H, W): background and tumor
 labels = torch.randint(0, 2, (1, 1, size, size, size), dtype=torch.uint8)  # (B, 1, D, H, W)
 
 with CountEager() as forward:
@@ -214,7 +214,7 @@ for name, b in {"eager": 330, "MONAI": 246, "fused": 26}.items():
 # `tl.arange` makes a block of indices, `tl.load(pointer + indices, mask)` fetches, arithmetic is as in NumPy, `tl.store` writes back. Block
 # sizes are powers of two and volumes are not, hence the mask: lanes where it is false are not touched, and read as `other`.
 #
-# This one counts the tumour voxels of a volume: each program adds up its own block and writes **one** number. Read it line by line, you
+# This one counts the tumor voxels of a volume: each program adds up its own block and writes **one** number. Read it line by line, you
 # will need all of it.
 
 
@@ -250,19 +250,19 @@ if triton:
 import phantom
 
 study = phantom.petct_study(10, healthy=False)  # a synthetic patient; 4 mm voxels
-where = int(study.seg.sum((0, 2)).argmax())  # the coronal slice with most tumour
+where = int(study.seg.sum((0, 2)).argmax())  # the coronal slice with most tumor
 owner = (np.arange(study.seg.size) // (64 * BLOCK)).reshape(study.seg.shape)  # blocks of 65,536, else there would be too many to see
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 5.2), layout="constrained")
 axes[0].imshow(study.suv[:, where].T, origin="lower", cmap="gray_r", vmax=10)
 axes[0].contour(study.seg[:, where].T, [0.5], colors="tab:green")
-axes[0].set_title("PET, tumour outlined")
+axes[0].set_title("PET, tumor outlined")
 axes[1].imshow(owner[:, where].T % 20, origin="lower", cmap="tab20")
 axes[1].contour(study.seg[:, where].T, [0.5], colors="black")
 axes[1].set_title("which program has the voxel")
 sums_of = np.bincount(owner.ravel(), study.seg.ravel())
 axes[2].bar(range(len(sums_of)), sums_of, color=plt.get_cmap("tab20")(np.arange(len(sums_of)) % 20))
-axes[2].set(title="what each of them writes", xlabel="program", ylabel="tumour voxels")
+axes[2].set(title="what each of them writes", xlabel="program", ylabel="tumor voxels")
 for ax in axes[:2]:
     ax.set(xticks=[], yticks=[])
 plt.show()
@@ -270,13 +270,13 @@ plt.show()
 # %% [markdown]
 # ## Puzzle 1: the sums
 #
-# **Equation.** With two classes only the difference of the logits matters, $u = l_1 - l_0$: the probability of tumour is
+# **Equation.** With two classes only the difference of the logits matters, $u = l_1 - l_0$: the probability of tumor is
 # $p = 1 / (1 + e^{-u})$. With labels $t \in \{0, 1\}$, the loss needs four sums over the voxels,
 #
 # $$I = \sum p\,t \qquad P = \sum p \qquad T = \sum t \qquad N = \sum \log(1 + e^{z}),\quad
 # z = \begin{cases} -u & t = 1 \\ \phantom{-}u & t = 0 \end{cases}$$
 #
-# ($N$ is the cross entropy: $-\log p = \log(1 + e^{-u})$ for a tumour voxel, $-\log(1 - p) = \log(1 + e^{u})$ for another). Then
+# ($N$ is the cross entropy: $-\log p = \log(1 + e^{-u})$ for a tumor voxel, $-\log(1 - p) = \log(1 + e^{u})$ for another). Then
 #
 # $$\text{Dice} = \frac{2I + \varepsilon}{P + T + \varepsilon} \qquad \text{loss} = 1 - \text{Dice} + \frac{N}{n},
 # \qquad \varepsilon = 10^{-5}.$$
@@ -522,7 +522,7 @@ if triton:
 # more classes and their weights, ignored voxels, samples with a Dice of their own, `channels_last` and strided tensors, volumes beyond 2³¹
 # numbers. You have seen all that is essential in it.
 #
-# What did it write? Take the patient from above, and a poor network: `logits = (0, SUV − 4)`. It calls everything tumour that uses much
+# What did it write? Take the patient from above, and a poor network: `logits = (0, SUV − 4)`. It calls everything tumor that uses much
 # sugar.
 
 # %%
@@ -535,7 +535,7 @@ if triton:
     loss = Fused.apply(logits, labels)
     loss.backward()
 
-    pictures = {"PET and truth": study.suv, "p: probability of tumour": logits.detach()[0, 1].sigmoid(), "d loss / d l₁": logits.grad[0, 1]}
+    pictures = {"PET and truth": study.suv, "p: probability of tumor": logits.detach()[0, 1].sigmoid(), "d loss / d l₁": logits.grad[0, 1]}
     top = logits.grad[0, 1, :, where].abs().max().item()
     signed = SymLogNorm(linthresh=top / 100, vmin=-top, vmax=top)  # logarithmic, but for what is nearly 0
     looks = (dict(cmap="gray_r", vmax=10), dict(cmap="magma"), dict(cmap="RdBu_r", norm=signed))
@@ -550,8 +550,8 @@ if triton:
     print(f"loss {loss.item():.3f}")
 
 # %% [markdown]
-# Blue: the logit is to rise; red: it is to sink. A step against the gradient lights up the tumour, which is warm but was missed in part,
-# and dims brain and kidneys. The tumour's few voxels pull hardest, each of them: that is Dice, which divides by the sizes of tumour and
+# Blue: the logit is to rise; red: it is to sink. A step against the gradient lights up the tumor, which is warm but was missed in part,
+# and dims brain and kidneys. The tumor's few voxels pull hardest, each of them: that is Dice, which divides by the sizes of tumor and
 # prediction and not by the number of all voxels.
 #
 # ## A variance that fails

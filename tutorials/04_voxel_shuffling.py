@@ -44,7 +44,7 @@ NOISE, SHUFFLE, CLEAN = "#1b6ca8", "#d95f02", "#444a54"
 # %%
 spacing = (4.0, 4.0, 4.0)
 phantom.write_petct("cache/tutorials/petct-4mm", 1, spacing=spacing)
-study = data.preprocess(data.find_petct("cache/tutorials/petct-4mm")[0], data.Recipe(spacing=spacing))
+study = data.preprocess(data.find_petct("cache/tutorials/petct-4mm")[0], data.Preprocessing(spacing=spacing))
 whole = torch.from_numpy(study["image"].astype(np.float32))  # (2, D, H, W): CT, PET
 clean = whole[None, :, 16:80, 4:68, 90:154]  # (1, 2, 64, 64, 64)
 
@@ -258,7 +258,7 @@ spacing = (6.0, 6.0, 6.0)
 phantom.write_petct("cache/tutorials/petct-6mm", 20, spacing=spacing)
 with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
     found = data.find_petct("cache/tutorials/petct-6mm")[:20]
-    cases = data.build_cache(found, data.Recipe(spacing=spacing), "cache/tutorials/arrays", workers=1)
+    cases = data.build_cache(found, data.Preprocessing(spacing=spacing), "cache/tutorials/arrays", workers=1)
 print("held out:", *[case.name for case in cases[-4:]])
 SIDE, CUBES, STEPS = 8, 24, 100
 

@@ -55,13 +55,13 @@ train_cases, held_out = train.load_cases(config)
 shown = held_out[:12]
 
 for name, cases in (("to train on", train_cases), ("held out", held_out)):
-    print(f"{name}: {len(cases)} studies of {len({c.patient for c in cases})} patients, {sum(c.tumor for c in cases)} with a tumour")
+    print(f"{name}: {len(cases)} studies of {len({c.patient for c in cases})} patients, {sum(c.tumor for c in cases)} with a tumor")
 print(f"voxels of {config.spacing} mm; patches of {config.patch}; network widths {config.channels}")
 
 
 # %% [markdown]
 # PET is looked at as a **maximum-intensity projection**: each pixel is the highest value along the line of sight, here from front to
-# back. Everything that takes up sugar is dark; the tumours are outlined in green.
+# back. Everything that takes up sugar is dark; the tumors are outlined in green.
 
 
 # %%
@@ -87,13 +87,13 @@ for axis, case in zip(axes, shown):
         axis.contour(truth.max(1).T, [0.5], colors="tab:green", linewidths=1.2)
 
 # %% [markdown]
-# No threshold on the uptake separates the two: brain, heart, kidneys and bladder are as dark as most tumours, and not every heart lights
+# No threshold on the uptake separates the two: brain, heart, kidneys and bladder are as dark as most tumors, and not every heart lights
 # up. What a network has to learn is *where* uptake is expected.
 #
 # ## Training, live
 #
 # v3 has four tasks. The PET branch segments, the CT branch reconstructs a CT in which a cube of voxels was shuffled, a light decoder
-# at the bottleneck reconstructs PET, and a classifier reads the PET bottleneck: does this patch hold a tumour?
+# at the bottleneck reconstructs PET, and a classifier reads the PET bottleneck: does this patch hold a tumor?
 #
 # $$ L = \lambda_\text{seg}\,(\text{Dice} + \text{CE}) + \lambda_\text{rec}\,\text{MSE}
 #    + \lambda_\text{cls}\,\text{BCE}, \qquad \lambda = (0.5,\ 10^{-3},\ 10^{-2}) $$
@@ -104,7 +104,7 @@ run = train.Run(config, train_cases, held_out)
 run.train()
 
 # %% [markdown]
-# The table is that of the held-out patients, on the grid of their own files. Where there is no true tumour, Dice is undefined, and any
+# The table is that of the held-out patients, on the grid of their own files. Where there is no true tumor, Dice is undefined, and any
 # predicted volume is a false positive. The last line is what no network at all would reach. And these were the parts of the loss on
 # the way, each before its $\lambda$:
 
@@ -129,13 +129,13 @@ for axis, (title, parts) in zip(axes, panels.items()):
         axis.set_ylim(0, 1.5)
     axis.legend(fontsize=8)
 # %% [markdown]
-# Cross entropy falls first: most voxels are background, and saying so is quickly learned. Dice needs longer, as it counts the tumour's
+# Cross entropy falls first: most voxels are background, and saying so is quickly learned. Dice needs longer, as it counts the tumor's
 # voxels only. The reconstructions come down although their weight is a thousandth: the layers that they alone train get no other gradient,
 # and Adam's steps do not depend on a gradient's scale. The classifier's curve we come back to.
 #
 # ## Two kinds of error, in millilitres
 #
-# A Dice of 0.6 can be one tumour with ragged borders, or one found and one missed. To a patient these differ. The AutoPET challenge counts
+# A Dice of 0.6 can be one tumor with ragged borders, or one found and one missed. To a patient these differ. The AutoPET challenge counts
 # **connected components** (voxels that share a face or an edge):
 #
 # * **FPV**, false-positive volume: predicted components that touch no true voxel. Lesions that are not there.
@@ -185,8 +185,8 @@ print(f"FPV and FNV of {len(held_out)} studies are the library's; your attempt",
 # %% [markdown]
 # ## Case by case
 #
-# Now the errors can be seen. Every component gets the colour of what it is: true tumours that were found are green (the prediction's
-# outline pink), predicted components without a true voxel orange, missed tumours blue.
+# Now the errors can be seen. Every component gets the colour of what it is: true tumors that were found are green (the prediction's
+# outline pink), predicted components without a true voxel orange, missed tumors blue.
 
 # %%
 FOUND, FALSE, MISSED = "tab:green", "tab:orange", "tab:blue"
@@ -219,7 +219,7 @@ _ = fig.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=8)
 # An organ is as large as several lesions, so a few of them make an FPV of tens of millilitres. What touches a true voxel costs no FPV,
 # however far it leaks: that shows in Dice.
 #
-# What did the network take for a tumour? The largest false component of all, and the largest missed lesion, in the slices that hold most
+# What did the network take for a tumor? The largest false component of all, and the largest missed lesion, in the slices that hold most
 # of them:
 
 # %%
@@ -259,7 +259,7 @@ for row, kind in zip(axes, ("false", "missed")):
 #
 # ## One error can be traded for the other
 #
-# The network gives probabilities; somebody has to choose the threshold from which a voxel is called tumour. Higher: fewer false lesions,
+# The network gives probabilities; somebody has to choose the threshold from which a voxel is called tumor. Higher: fewer false lesions,
 # more missed.
 #
 # **Your turn.** Before you run the next cell, sketch the three curves over the threshold: mean Dice, mean FPV, mean FNV.
@@ -287,7 +287,7 @@ for axis, values, title in zip(axes, curves.values(), ("mean Dice", "mean FPV, m
 #
 # ## What does the classifier add?
 #
-# The classifier is trained on patches: does this one hold tumour? A patient's score is its highest answer over all windows of the body.
+# The classifier is trained on patches: does this one hold tumor? A patient's score is its highest answer over all windows of the body.
 # One would like to use it like this: *score low → the patient is healthy → whatever was segmented is false*. Is it good enough? **AUC** is
 # the chance that somebody ill scores above somebody healthy: 1 is perfect, 0.5 is a coin. Beside it, a score that needs no classifier at
 # all: the volume that was segmented.
@@ -299,7 +299,7 @@ volume = np.array([masks_of(case)[0].sum() * np.prod(nib.affines.voxel_sizes(cas
 fpv = np.array([numbers_of(case)["fpv_ml"] for case in held_out])
 
 # The question it was trained on: single patches, of patients it has not seen.
-patches = data.PatchDataset(held_out, config.patch, 96, seed=1, aug=data.Augmentation(flip=0.0), positive=0.5)
+patches = data.PatchDataset(held_out, config.patch, 96, seed=1, aug=data.Augmentation(flip=0.0), foreground_fraction=0.5)
 answers, holds = [], []
 run.mean_net.eval()
 with torch.no_grad():
@@ -309,16 +309,16 @@ with torch.no_grad():
 answers, holds = np.array(answers), np.array(holds)
 
 for what, auc in {
-    f"classifier, {len(holds)} patches ({holds.sum()} hold tumour)": patient_metrics(answers, holds)["auc"],
-    f"classifier, {len(ill)} studies ({ill.sum()} with tumour)": patient_metrics(scores, ill)["auc"],
+    f"classifier, {len(holds)} patches ({holds.sum()} hold tumor)": patient_metrics(answers, holds)["auc"],
+    f"classifier, {len(ill)} studies ({ill.sum()} with tumor)": patient_metrics(scores, ill)["auc"],
     "segmented volume, the same studies": patient_metrics(volume, ill)["auc"],
 }.items():
     print(f"AUC {auc:.2f}  {what}")
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-axes[0].hist([answers[holds], answers[~holds]], bins=np.linspace(0, 1, 21), label=["hold tumour", "hold none"], color=["C3", "C0"])
-axes[0].set(title="patches", xlabel="classifier: probability of tumour", ylabel="number")
-axes[1].plot(scores[ill], fpv[ill], "o", color="C3", label="with a tumour")
+axes[0].hist([answers[holds], answers[~holds]], bins=np.linspace(0, 1, 21), label=["hold tumor", "hold none"], color=["C3", "C0"])
+axes[0].set(title="patches", xlabel="classifier: probability of tumor", ylabel="number")
+axes[1].plot(scores[ill], fpv[ill], "o", color="C3", label="with a tumor")
 axes[1].plot(scores[~ill], fpv[~ill], "o", color="C0", label="healthy")
 axes[1].set(title="patients", xlabel="score: highest of the windows", ylabel="FPV, ml", xlim=(-0.02, 1.02))
 for axis in axes:
@@ -326,7 +326,7 @@ for axis in axes:
 
 # %% [markdown]
 # Not much, and the pictures say so more clearly than a number. All answers lie in one band: the classifier hardly tells a patch with
-# tumour from one without, its BCE stayed near a coin's, and at a threshold of one half it calls nearly every patient ill. On patches an
+# tumor from one without, its BCE stayed near a coin's, and at a threshold of one half it calls nearly every patient ill. On patches an
 # AUC above 0.5 means that the *order* holds some information. On patients not even that can be said: seven ill and five healthy make 35
 # pairs, their scores differ in the second decimal, and rounding decides. The same training gave an AUC of 0.83 on one thread and 0.23 on
 # two (`OMP_NUM_THREADS`), and 0.89 in the run kept here, which came later: they differ by nothing but the order of sums. The segmented
@@ -336,7 +336,7 @@ for axis in axes:
 # wrong window is enough. Longer runs on the phantom did not mend it: `results/README.md` keeps AUCs of 0.14 to 0.68.
 #
 # **Your turn.** The gate itself: empty the prediction of every study whose score lies below $s$. What happens to the mean FPV, and how
-# many patients lose a tumour that had been found? Draw both over $s$; the answer follows.
+# many patients lose a tumor that had been found? Draw both over $s$; the answer follows.
 
 # %%
 gates = np.linspace(0, 1, 101)
@@ -348,7 +348,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 2.5), layout="constrained", sharex=Tr
 axes[0].plot(gates, left)
 axes[0].set(title="mean FPV that is left, ml", xlabel="gate s", ylim=(0, None))
 axes[1].step(gates, lost, color="C3")
-_ = axes[1].set(title=f"patients who lose a found tumour, of {found.sum()}", xlabel="gate s")
+_ = axes[1].set(title=f"patients who lose a found tumor, of {found.sum()}", xlabel="gate s")
 free = max((fpv.mean() - f for f, n in zip(left, lost) if n == 0), default=0.0)
 print(f"mean FPV {fpv.mean():.1f} ml; the best gate that loses no patient takes away {free:.1f} ml of it")
 

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 6. Brain tumours: other images, other tasks
+# # 6. Brain tumors: other images, other tasks
 #
 # Nothing in Mirror U-Net is about PET and CT. The paper's second study gives two MR images of a brain to the two branches, and three
 # *segmentations* to the three decoders. This notebook trains that, looks at what it makes of single patients, and then goes where you will
@@ -52,7 +52,7 @@ print(f"{len(train_cases)} patients to train on, {len(held_out)} held out; voxel
 
 case = held_out[0].case
 image, codes = nib.load(case.images[0]).get_fdata(), nib.load(case.label).get_fdata()
-z = int((codes > 0).sum((0, 1)).argmax())  # the slice with the most tumour
+z = int((codes > 0).sum((0, 1)).argmax())  # the slice with the most tumor
 channels = ("FLAIR", "T1w", "T1gd", "T2w")  # their order in the file
 colors = {1: "tab:blue", 2: "tab:green", 3: "tab:red"}
 names = {1: "edema", 2: "core, not enhancing", 3: "core, enhancing"}
@@ -77,7 +77,7 @@ _ = fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8)
 # |---|---|---|
 # | first branch | T2w | **core**: enhancing or not |
 # | second branch | FLAIR | **edema** |
-# | light decoder | both bottlenecks | **whole** tumour = core ∪ edema |
+# | light decoder | both bottlenecks | **whole** tumor = core ∪ edema |
 #
 # $$ L = \frac13 \sum_{t\,\in\,\text{core, whole, edema}} \frac13\,(\text{Dice}_t + \text{CE}_t) $$
 #
@@ -94,7 +94,7 @@ with torch.no_grad():
 
 # %% [markdown]
 # The core's decoder never sees FLAIR, nor the edema's T2w. Only the bottleneck's decoder reads both, and it has no skip connections: it
-# sees the tumour at a sixteenth of the resolution and has to make up the border from there. Remember that when you look at its outlines.
+# sees the tumor at a sixteenth of the resolution and has to make up the border from there. Remember that when you look at its outlines.
 #
 # ## Training
 
@@ -107,13 +107,13 @@ run.train()
 Image(run.folder / "curves.png")
 
 # %% [markdown]
-# Three Dice losses and three cross entropies, one of each a task. Those of the whole tumour stay highest. Two reasons are at hand: no
+# Three Dice losses and three cross entropies, one of each a task. Those of the whole tumor stay highest. Two reasons are at hand: no
 # skips, and a last layer that keeps its norm and PReLU (the other two end in a bare convolution), so that its logits stay moderate and its
 # probabilities away from 0 and 1. The soft Dice of the loss minds that. The Dice of the masks, on the right, minds it less.
 #
 # ## Patient by patient
 #
-# Each task on the image it was made from, truth green, prediction pink; for the whole tumour, which is made from both, FLAIR.
+# Each task on the image it was made from, truth green, prediction pink; for the whole tumor, which is made from both, FLAIR.
 
 
 # %%
@@ -143,12 +143,12 @@ for row, case in zip(axes, held_out):
     row[0].text(-0.05, 0.5, case.name, rotation=90, ha="right", va="center", transform=row[0].transAxes, fontsize=9)
 
 # %% [markdown]
-# Core and edema are cut along edges that one sees in the images. The whole tumour is a rounded shape that stands off the border: what a
+# Core and edema are cut along edges that one sees in the images. The whole tumor is a rounded shape that stands off the border: what a
 # decoder without skips can know. In the mirror it is not there to be the best segmentation; it makes both branches carry to the
-# bottleneck what they know of the tumour.
+# bottleneck what they know of the tumor.
 #
 # **Your turn.** Three decoders answer three questions, and nothing makes the answers agree. By definition the core and the edema lie
-# within the whole tumour and do not overlap. Count, over the held-out patients, how many of the predicted voxels break either rule. The
+# within the whole tumor and do not overlap. Count, over the held-out patients, how many of the predicted voxels break either rule. The
 # answer is in the next cell.
 
 # %%
@@ -156,13 +156,13 @@ outside = sum(int(((m["core"] | m["edema"]) & ~m["whole"]).sum()) for m in masks
 both = sum(int((m["core"] & m["edema"]).sum()) for m in masks.values())
 neither = sum(int((m["whole"] & ~m["core"] & ~m["edema"]).sum()) for m in masks.values())
 some = sum(int((m["core"] | m["edema"] | m["whole"]).sum()) for m in masks.values())
-print(f"of {some} voxels that some decoder calls tumour:")
+print(f"of {some} voxels that some decoder calls tumor:")
 for count, what in ((outside, "are core or edema, but not whole"), (both, "are core and edema"), (neither, "are whole, but neither")):
     print(f"{count:7} {count / some:6.1%}  {what}")
 
 # %% [markdown]
 # A file of labels has one code a voxel, so somebody has to settle it. `predict.py` writes code 2 where the core's decoder says core, code
-# 1 where one of the others says tumour, and the same rule makes a picture of what it would write:
+# 1 where one of the others says tumor, and the same rule makes a picture of what it would write:
 
 # %%
 fig, axes = plt.subplots(1, len(held_out), figsize=(10, 2.6), layout="constrained", squeeze=False)
@@ -187,7 +187,7 @@ for axis, case in zip(axes[0], held_out):
 # * `roles`: which label code counts as "core" (the first branch's task), which as "edema" (the second's). The bottleneck gets both.
 #
 # So another assignment needs no change of any file of the library. Say T1gd shall find the *enhancing* rim, and FLAIR the rest of the
-# tumour:
+# tumor:
 
 # %%
 root = Path("cache/tutorials/phantom-brain-24-3x3x3mm")  # where load_cases wrote them; for you: Task01_BrainTumour
@@ -197,7 +197,7 @@ print("found :", found[0].channels, found[0].roles)
 mine = [replace(case, channels=(2, 0), roles=((3, "core"), (1, "edema"), (2, "edema"))) for case in found]
 print("mine  :", mine[0].channels, mine[0].roles)
 
-recipe = data.Recipe("brain", config.spacing, "RAS")
+recipe = data.Preprocessing("brain", config.spacing, "RAS")
 cached = {case.name: case for case in data.build_cache(mine, recipe, config.cache)}  # preprocessed anew: the channels differ
 my_train, my_held_out = ([cached[case.name] for case in side] for side in (train_cases, held_out))
 
@@ -222,11 +222,11 @@ for row, case in zip(axes, my_held_out):
 
 # %% [markdown]
 # The rim is a thin target, and yet it is learned quickly, as T1gd shows it brighter than all around it. The other branch has the harder
-# question now, the tumour *without* its rim, of an image that hardly shows the rim: it tends to fill it in. Whether a task is easy depends
+# question now, the tumor *without* its rim, of an image that hardly shows the rim: it tends to fill it in. Whether a task is easy depends
 # on the image that it is given; that is the reason to choose.
 #
 # To train so from the command line, write the two facts into a `dataset.json`. `find_brain` gives the channel whose name has "t2" in it to
-# the first branch and the one with "flair" to the second; of the labels, a name with "edema" makes a code edema, and "tumour", "core",
+# the first branch and the one with "flair" to the second; of the labels, a name with "edema" makes a code edema, and "tumor", "core",
 # "enhancing" or "necrotic" make it core. These names are slots, too. The images need not be copied:
 
 # %%
@@ -255,7 +255,7 @@ print("swapped:", swapped[0].channels, "the roles stay:", swapped[0].roles)
 #
 # For tasks that the presets do not have, take the parts: `Branch(out_channels, ...)` is a U-Net of one modality, `LightDecoder` the
 # decoder at the bottleneck. How many channels come out is the task's business: 1 to reconstruct, K to tell K classes apart. Here the first
-# branch tells background, edema and core apart in one go, the second segments the whole tumour, and the bottleneck *reconstructs* both
+# branch tells background, edema and core apart in one go, the second segments the whole tumor, and the bottleneck *reconstructs* both
 # images (the paper's v2-rec has such a task there). Four things are yours to write: what comes out, the network, the loss, and the step.
 
 
@@ -335,7 +335,7 @@ for row, case in zip(axes, held_out):
 
 # %% [markdown]
 # The first branch tells three classes apart in one image, and T2w shows the edema less clearly than FLAIR does: compare its edema with
-# that of the first training, which had more steps, too. Out of the bottleneck comes a blurred spot where the tumour is, in the
+# that of the first training, which had more steps, too. Out of the bottleneck comes a blurred spot where the tumor is, in the
 # checkerboard of transposed convolutions, and hardly anything of the rest: this is what two segmenting branches have put there after a
 # hundred steps.
 # **Your turn**, without an answer here: what changes with ten times the weight, or ten times the steps?
