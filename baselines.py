@@ -26,14 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses import MirrorLoss, l2
-from mirror_unet import VERSIONS, BrainOutput, Branch, Classifier, ConvUnit, LightDecoder, MirrorOutput, MirrorUNet, ResidualUnit, UpLayer
-
-# Where a publication has an optimiser of its own it is that model's default; patches, augmentation and evaluation are common to all.
-RECIPES: dict[str, dict] = {
-    "nnunet": dict(optimizer="sgd", lr=1e-2, weight_decay=3e-5, schedule="poly"),
-    "blackbean": dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly"),
-}
+from losses import SEGMENTATIONS, MirrorLoss
+from mirror_unet import (
+    TASKS,
+    BrainOutput,
+    Branch,
+    Classifier,
+    ConvUnit,
+    LightDecoder,
+    MirrorOutput,
+    MirrorUNet,
+    ResidualUnit,
+    UpLayer,
+)
 
 
 class Supervised(NamedTuple):
@@ -51,21 +56,18 @@ class BrainRecOutput(NamedTuple):
 
 
 class SystemLoss(MirrorLoss):
-    """`MirrorLoss` of whatever a network here returns: a weighted sum over a `Supervised`, + lambda_rec L2 for v2-rec's images."""
+    """`MirrorLoss` of whatever a network here returns: of a `Supervised`, the weighted sum."""
 
     def forward(self, outputs: tuple, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if not isinstance(outputs, Supervised):
-            total, parts = super().forward(outputs, batch)
-            if isinstance(outputs, BrainRecOutput):
-                rec = l2(outputs.image, batch["image"])
-                total, parts["image_l2"] = total + self.lambda_rec * rec, rec.detach()
-            return total, parts
+            return super().forward(outputs, batch)
         total, parts = 0.0, {}
-        for weight, out in outputs.terms:
-            labels = {name: at_size(t, out[0].shape[2:]) for name, t in batch.items() if name in ("seg", "core", "whole", "edema")}
-            one, some = super().forward(out, batch | labels)
+        for weight, output in outputs.terms:
+            size = output[0].shape[2:]
+            labels = {name: at_size(batch[name], size) for name in SEGMENTATIONS if name in batch}
+            one, its_parts = super().forward(output, batch | labels)
             total = total + weight * one
-            parts = {name: parts.get(name, 0.0) + weight * value for name, value in some.items()}
+            parts = {name: parts.get(name, 0.0) + weight * v for name, v in its_parts.items()}
         return total, parts
 
 
@@ -78,7 +80,7 @@ def at_size(labels: Tensor, size) -> Tensor:
 class Baseline(nn.Module):
     """What train.py and predict.py ask a network for, MirrorUNet included; the defaults are those of a plain segmentation network."""
 
-    version = "v4"  # whose loss it has (`MirrorLoss`): v4 segmentation alone; v1 + CT; v2 + CT and PET; v3 + classification
+    tasks: tuple[str, ...] = ("seg",)  # what it learns, as in mirror_unet.TASKS
     reads = ("ct", "pet")  # the modalities that a segmentation takes
     turn = 0  # the training step's number modulo 2, set by train.py: whose turn it is
     partial = False  # a step may leave parameters without a gradient: DDP has to look for them
@@ -131,7 +133,7 @@ class OneUNet(Baseline):
     def __init__(self, reads: tuple[str, ...], channels, norm):
         super().__init__()
         self.reads, self.norm = reads, norm
-        self.net = Branch(2, channels, norm, inputs=len(reads))
+        self.net = Branch(2, channels, norm, in_channels=len(reads))
 
     def forward(self, x: Tensor) -> MirrorOutput:
         """x (B, 2, D, H, W); `pet` also takes PET alone, (B, 1, D, H, W)."""
@@ -210,14 +212,14 @@ class MultiTask(Baseline):
     Segmentation and CT decoders take the skips, the light decoder that reconstructs PET none, all as in v2.
     """
 
-    version = "v2"
+    tasks = TASKS["petct"]["v2"]
 
     def __init__(self, channels, norm):
         super().__init__()
         self.norm = norm
-        self.net = Branch(2, channels, norm, inputs=2)
+        self.net = Branch(2, channels, norm, in_channels=2)
         self.ct_decoder = Decoder(1, channels, norm, deep=channels[4])
-        self.bottleneck_decoder = LightDecoder(1, channels, norm, inputs=channels[4])
+        self.bottleneck_decoder = LightDecoder(1, channels, norm, in_channels=channels[4])
 
     def forward(self, x: Tensor) -> MirrorOutput:
         self.check_input(x.shape)
@@ -239,16 +241,17 @@ class Joint(Baseline):
 
     def __init__(self, channels, norm, tasks="v1", skips="pet"):
         super().__init__()
-        self.version, self.norm, self.skips = "v4" if tasks == "none" else tasks, norm, skips
+        self.tasks = tasks_of("joint", "petct", tasks)
+        self.norm, self.skips = norm, skips
         c4, c5 = channels[3:]
         self.ct, self.pet = Encoder(channels, norm), Encoder(channels, norm)
         self.bottleneck = ResidualUnit(2 * c4, c5, norm)
         self.pet_decoder = Decoder(2, channels, norm, deep=c5, encoders=2 if skips == "both" else 1)
-        if self.version != "v4":
+        if "ct" in self.tasks:
             self.ct_decoder = Decoder(1, channels, norm, deep=c5)
-        if self.version in ("v2", "v3"):
-            self.bottleneck_decoder = LightDecoder(1, channels, norm, inputs=c5)
-        if self.version == "v3":
+        if "pet" in self.tasks:
+            self.bottleneck_decoder = LightDecoder(1, channels, norm, in_channels=c5)
+        if "tumor" in self.tasks:
             self.classifier = Classifier(c5)
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -261,13 +264,14 @@ class Joint(Baseline):
     def forward(self, x: Tensor) -> MirrorOutput:
         deep, ct_skips, skips = self.encode(x)
         seg = self.pet_decoder(deep, skips)
-        ct = self.ct_decoder(deep, ct_skips) if self.version != "v4" else None
-        pet = self.bottleneck_decoder(deep) if self.version in ("v2", "v3") else None
-        return MirrorOutput(seg, ct, pet, self.classifier(deep) if self.version == "v3" else None)
+        ct = self.ct_decoder(deep, ct_skips) if "ct" in self.tasks else None
+        pet = self.bottleneck_decoder(deep) if "pet" in self.tasks else None
+        return MirrorOutput(seg, ct, pet, self.classifier(deep) if "tumor" in self.tasks else None)
 
     def segment(self, x: Tensor) -> MirrorOutput:
         deep, _, skips = self.encode(x)
-        return MirrorOutput(seg=self.pet_decoder(deep, skips), tumor=self.classifier(deep) if self.version == "v3" else None)
+        tumor = self.classifier(deep) if "tumor" in self.tasks else None
+        return MirrorOutput(seg=self.pet_decoder(deep, skips), tumor=tumor)
 
 
 class BrainRec(MirrorUNet):
@@ -278,7 +282,7 @@ class BrainRec(MirrorUNet):
 
     def __init__(self, share, channels, norm):
         super().__init__("v2", share, channels, norm, preset="brain")
-        self.version = "v1"  # the segmentation's targets
+        self.tasks = ("core", "edema", "image")
 
     def forward(self, x: Tensor, segment: bool = False) -> BrainRecOutput | BrainOutput:
         self.check_input(x.shape)
@@ -334,7 +338,8 @@ class PlainUNet(Baseline):
 
     def __init__(self, strides, kernels, widths, preset="petct", deep_supervision=False):
         super().__init__()
-        self.preset, self.partial, self.deep_supervision = preset, deep_supervision, deep_supervision
+        self.preset, self.tasks = preset, segmentations_of(preset)
+        self.partial = self.deep_supervision = deep_supervision
         self.strides = tuple(prod(s) for s in zip(*strides))
         out = 6 if preset == "brain" else 2
 
@@ -417,7 +422,7 @@ class SegResNet(Baseline):
 
     def __init__(self, width: int, preset="petct"):
         super().__init__()
-        self.preset = preset
+        self.preset, self.tasks = preset, segmentations_of(preset)
         widths = [width, 2 * width, 4 * width, 8 * width]
         self.first = nn.Conv3d(2, width, 3, padding=1, bias=False)
         self.downs = nn.ModuleList([nn.Conv3d(i, o, 3, stride=2, padding=1, bias=False) for i, o in zip(widths, widths[1:])])
@@ -449,9 +454,20 @@ ALL = (*NAMES["petct"], "v2-rec (brain)")
 FUSION = {"mf": MidFusion, "lf": LateFusion, "valindria": Valindria, "multitask": MultiTask}
 
 
-def version_of(name: str, tasks: str) -> str:
-    """The `version` that a network of this name will have, "v1".."v4"."""
-    return name if name in VERSIONS["petct"] else {"joint": tasks, "multitask": MultiTask.version}.get(name, "v4").replace("none", "v4")
+def segmentations_of(preset: str) -> tuple[str, ...]:
+    """What a network that only segments learns: the tumor, or the brain's three targets."""
+    return TASKS["brain"]["v2"] if preset == "brain" else ("seg",)
+
+
+def tasks_of(name: str, preset: str = "petct", tasks: str = "v1") -> tuple[str, ...]:
+    """What the network of this name learns, as in `mirror_unet.TASKS`; `tasks` are joint's."""
+    if name == "joint" and tasks != "none":
+        return TASKS["petct"][tasks]
+    if name == "multitask":
+        return MultiTask.tasks
+    if name == "v2-rec":
+        return ("core", "edema", "image")
+    return segmentations_of(preset)
 
 
 def build(name, preset="petct", channels=(16, 32, 64, 128, 256), norm="instance", share=(5,), tasks="v1", skips="pet",
@@ -461,7 +477,7 @@ def build(name, preset="petct", channels=(16, 32, 64, 128, 256), norm="instance"
     norm: of the networks made of mirror_unet's blocks; share: v2-rec's; tasks, skips: joint's; patch, spacing: what nnunet is planned for.
     """
     if name not in NAMES[preset]:
-        raise ValueError(f"no version {name!r} with preset {preset!r}; there are {', '.join((*VERSIONS[preset], *NAMES[preset]))}")
+        raise ValueError(f"no version {name!r} with preset {preset!r}; there are {', '.join((*TASKS[preset], *NAMES[preset]))}")
     if norm not in ("instance", "batch") or tasks not in ("v1", "v2", "v3", "none") or skips not in ("pet", "both"):
         raise ValueError(f"norm={norm!r}, tasks={tasks!r}, skips={skips!r}: use instance or batch; v1, v2, v3 or none; pet or both")
     if len(channels) != 5:

@@ -14,7 +14,7 @@ import numpy as np
 
 import figures
 from files import UserError, atomic_write
-from metrics import bootstrap_means, interval, patient_metrics
+from metrics import patient_metrics
 
 
 # --------------------------------------------------------------------------------------------------------- what is claimed
@@ -182,6 +182,34 @@ def difference(rows: list[dict], first: str, second: str, measure: str = "dice",
     """First minus second, of the cases and seeds that both have."""
     a, b = (values_of(rows, system, measure, target) for system in (first, second))
     return estimate({key: a[key] - b[key] for key in a if key in b})
+
+
+def bootstrap_means(values, groups=None, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
+    """What the mean might have been with other cases, and other seeds: (resamples,) means of values drawn anew, with replacement.
+
+    Args:
+        values: (N,), or (N, S) for S trainings that differ by their seed; NaN is unknown and counts nowhere.
+        groups: (N,) names; the cases of one name (a patient) are drawn together. Default: each case for itself.
+        seed: of the draws; equal arguments give equal draws.
+
+    A column is drawn as cases are: a network that was lucky is so on all of them. With one column only cases are drawn. A mean is NaN
+    where by chance no known value was drawn.
+    """
+    values = np.asarray(values, float).reshape(len(values), -1)
+    _, group = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)
+    sums, counts = np.zeros((2, group.max() + 1, values.shape[1]))
+    np.add.at(sums, group, np.nan_to_num(values))
+    np.add.at(counts, group, ~np.isnan(values))
+    rng, (n, s) = np.random.default_rng(seed), sums.shape
+    how_often, which = rng.multinomial(n, np.full(n, 1 / n), resamples), rng.multinomial(s, np.full(s, 1 / s), resamples)
+    with np.errstate(invalid="ignore"):  # no value drawn at all
+        return (how_often @ sums * which).sum(1) / (how_often @ counts * which).sum(1)
+
+
+def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of `bootstrap_means`."""
+    low, high = np.nanpercentile(draws, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
 
 
 def judge(draws: np.ndarray, level: float = 0.95, margin: float | None = None) -> str:

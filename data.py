@@ -1,13 +1,11 @@
-"""From NIfTI files to training patches: find the cases -> preprocess once into a memory-mapped cache -> folds -> patches.
+"""From NIfTI files to preprocessed studies: find the cases -> preprocess once into a cache -> folds.
 
-    find_petct / find_brain     a folder in AutoPET or MSD Task01 layout -> [Case]
-    build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase], each a few memory-mapped arrays
-    make_folds / read_splits    folds by patient, stratified by "has a tumor"; or the user's own in nnU-Net's form
-    PatchDataset                positive / negative patches, padded where a volume is smaller, augmented
-    corrupt_ct                  the self-supervision: noise or voxel shuffling on the input's CT
+    find_petct, find_brain      a folder in AutoPET or MSD Task01 layout -> [Case]
+    build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase],
+                                each a few memory-mapped arrays
+    make_folds, read_splits     folds by patient, stratified by tumor; or the user's own folds
 
-Two conventions. Arrays are in nibabel's order, (D, H, W) = the volume's first, second, third axis. Randomness is a pure function of
-(seed, position in the run): the same patch comes out whatever the number of workers, before and after a resume.
+Arrays are in nibabel's order: (D, H, W) are the first, second and third axis of the volume.
 """
 
 import hashlib
@@ -19,16 +17,21 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nibabel.processing import resample_from_to
 from scipy import ndimage
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import kernels
-from files import UserError, atomic_write, clean_parts, glance, read_header, read_nifti, same_grid, writing
+from files import (
+    UserError,
+    atomic_write,
+    clean_parts,
+    glance,
+    read_header,
+    read_nifti,
+    same_grid,
+    writing,
+)
 
 
 # ------------------------------------------------------------------------------------------------------ files -> cases
@@ -343,160 +346,3 @@ def read_splits(path, cases) -> list[dict[str, list[str]]]:
         if not fold["train"] or not fold["val"]:
             raise UserError(f"{path}: fold {i} has an empty side")
     return splits
-
-
-# ------------------------------------------------------------------------------------------------- patches, augmentation
-@dataclass(frozen=True)
-class Augmentation:
-    """Probabilities and ranges. The paper's AutoPET preprocessing is flip 0.5, rotate 0.2, scale 0.2."""
-
-    flip: float = 0.5  # probability, of each axis in `flip_axes`
-    flip_axes: tuple[int, ...] = (0, 1, 2)  # 0 is left-right: what a body, with its bladder below and brain above, allows
-    rotate: float = 0.0  # probability; by up to `degrees` about one axis
-    degrees: float = 30.0
-    scale: float = 0.0  # probability; by a factor within 1 +- `zoom`
-    zoom: float = 0.2
-    intensity: float = 0.0  # probability, each channel; x (1 +- `contrast`) + (+- `contrast`)
-    contrast: float = 0.1
-    gamma: float = 0.0  # probability, each channel; sign(x) |x|^g, log2 g within +- 1
-
-
-def random_stream(*key: int) -> np.random.Generator:
-    """A counter-based generator: its numbers depend on the key alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([k & 0xFFFFFFFF for k in key])))
-
-
-def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
-    """Draw the parameters of one patch. The number of draws is fixed, so switching one part off leaves the others as they are."""
-    u = rng.random(12)
-    angle = np.deg2rad(aug.degrees) * (2 * u[1] - 1) * (u[0] < aug.rotate)
-    c, s = np.cos(angle), np.sin(angle)
-    turn = np.roll([[1, 0, 0], [0, c, -s], [0, s, c]], int(3 * u[2]), axis=(0, 1))  # about a random axis, in mm
-    zoom = 1 + aug.zoom * (2 * u[4] - 1) * (u[3] < aug.scale)
-    active = u[8:10] < aug.intensity
-    v = 2 * rng.random(4) - 1
-    w = rng.random(4)
-    return {
-        "matrix": turn / zoom,  # output offset -> input offset
-        "flip": [axis for axis in aug.flip_axes if u[5 + axis] < aug.flip],
-        "gain": 1 + aug.contrast * v[:2] * active,  # (2,) a channel
-        "shift": aug.contrast * v[2:] * active,
-        "gamma": 2.0 ** ((2 * w[:2] - 1) * (w[2:] < aug.gamma)),
-    }
-
-
-def read_region(array: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """array[..., start : start + size] over the last three axes, zeros where that lies outside the volume."""
-    start, size = np.asarray(start), np.asarray(size)
-    low, high = np.maximum(start, 0), np.minimum(start + size, array.shape[-3:])
-    out = np.zeros((*array.shape[:-3], *size), array.dtype)
-    if (high > low).all():
-        here = tuple(slice(a, b) for a, b in zip(low - start, high - start))
-        out[(..., *here)] = array[(..., *(slice(a, b) for a, b in zip(low, high)))]
-    return out
-
-
-def read_patch(case: CachedCase, centre, size, params: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Image (2, *size) float32 and label (*size) uint8 around a centre voxel, augmented as `params` says.
-
-    An unrotated patch stays inside the volume where it fits, and is centred on it where it does not; the rest is 0.
-    """
-    size, shape = np.asarray(size), np.asarray(case.array("label").shape)
-    spacing = nib.affines.voxel_sizes(case.affine)
-    matrix = np.diag(1 / spacing) @ params["matrix"] @ np.diag(spacing)  # in voxels
-    low = np.clip(np.asarray(centre) - size // 2, 0, np.maximum(shape - size, 0)) - np.maximum(size - shape, 0) // 2
-    if np.allclose(matrix, np.eye(3)):
-        image, label = (read_region(case.array(name), low, size) for name in ("image", "label"))
-        image = image.astype(np.float32)
-    else:
-        middle = low + (size - 1) / 2
-        reach = np.abs(matrix) @ ((size - 1) / 2)  # the rotated patch's half extent
-        start = np.floor(middle - reach).astype(int) - 1
-        extent = np.ceil(middle + reach).astype(int) + 2 - start
-        offset = middle - start - matrix @ ((size - 1) / 2)
-        image, label = (read_region(case.array(name), start, extent) for name in ("image", "label"))
-        turn = dict(matrix=matrix, offset=offset, output_shape=tuple(size))
-        image = np.stack([ndimage.affine_transform(c.astype(np.float32), order=1, **turn) for c in image])
-        label = ndimage.affine_transform(label, order=0, **turn)
-    if params["flip"]:
-        image, label = np.flip(image, [1 + a for a in params["flip"]]).copy(), np.flip(label, params["flip"]).copy()
-    gain, shift, gamma = (np.asarray(params[k], np.float32).reshape(2, 1, 1, 1) for k in ("gain", "shift", "gamma"))
-    if (gamma != 1).any():
-        image = np.sign(image) * np.abs(image) ** gamma
-    return image * gain + shift, np.ascontiguousarray(label)
-
-
-class PatchDataset(Dataset):
-    """An endless-looking list of training patches: item n is a pure function of (cases, options, seed, n).
-
-    Cases are dealt in a fresh random order each round, `patches_per_case` patches in a row from one. A patch is centred on a tumor voxel with
-    probability `foreground_fraction` (2/3 is the paper's 2:1), else on a voxel that is not tumor; patients without a tumor give the latter.
-
-    Item: dict of "image" (2, D, H, W) float32; "label" (1, D, H, W) int64; "tumor" float32, whether the patch holds any; "key" int64,
-    the seed of its corruption.
-    """
-
-    def __init__(self, cases: list[CachedCase], patch, length: int, seed: int = 0, aug=Augmentation(), foreground_fraction=2 / 3, patches_per_case=1):
-        self.cases, self.patch, self.length, self.seed = cases, tuple(patch), length, seed
-        self.aug, self.foreground_fraction, self.patches_per_case = aug, foreground_fraction, patches_per_case
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
-        if not 0 <= n < self.length:
-            raise IndexError(n)  # ends `for item in dataset`
-        round_, place = divmod(n // self.patches_per_case, len(self.cases))
-        case = self.cases[random_stream(self.seed, 1, round_).permutation(len(self.cases))[place]]
-        rng = random_stream(self.seed, 2, n)
-        centre = self._centre(case, rng)
-        image, label = read_patch(case, centre, self.patch, draw_augmentation(rng, self.aug))
-        return {
-            "image": torch.from_numpy(image),
-            "label": torch.from_numpy(label)[None].long(),
-            "tumor": torch.tensor(float((label > 0).any())),
-            "key": torch.tensor(int(rng.integers(2**62))),
-        }
-
-    def _centre(self, case: CachedCase, rng: np.random.Generator) -> np.ndarray:
-        """A tumor voxel, or one that is none (the last of a few tries where nearly everything is tumor)."""
-        foreground, label = case.array("foreground"), case.array("label")
-        if rng.random() < self.foreground_fraction and len(foreground):
-            return foreground[rng.integers(len(foreground))]
-        for _ in range(20):
-            centre = rng.integers(0, label.shape)
-            if not label[tuple(centre)]:
-                break
-        return centre
-
-
-def make_targets(batch: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Add what `MirrorLoss` reads: petct "ct", "pet", "seg"; brain "core", "whole", "edema"."""
-    image, label = batch["image"], batch["label"]
-    if kind == "brain":
-        return batch | {"core": (label == 2).long(), "whole": (label > 0).long(), "edema": (label == 1).long()}
-    return batch | {"ct": image[:, 0:1], "pet": image[:, 1:2], "seg": label}
-
-
-def corrupt_ct(image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3) -> Tensor:
-    """(B, 2, D, H, W) -> a copy with channel 0, the CT, corrupted; PET is untouched, and the caller keeps the clean one.
-
-    how: "none" (the input itself, no copy) | "noise", Gaussian of standard deviation sigma | "shuffle", the voxels inside `cubes`
-    random cubes of side `size` (or the patch's side, where that is smaller) are permuted. keys: (B,) integers, a seed a sample.
-    """
-    if how == "none":
-        return image
-    ct = image[:, 0:1]
-    if how == "noise":
-        streams = [random_stream(3, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
-        noise = np.stack([s.standard_normal(ct.shape[1:], np.float32) for s in streams])
-        ct = ct + sigma * torch.from_numpy(noise).to(ct)
-    elif how == "shuffle":
-        size = min(size, *image.shape[2:])
-        streams = [random_stream(4, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
-        room = np.array(image.shape[2:]) - size + 1
-        corners = torch.from_numpy(np.stack([s.integers(0, room, (cubes, 3)) for s in streams]))
-        ct = kernels.voxel_shuffle(ct, corners, size, keys)
-    else:
-        raise UserError(f"corruption {how!r}: use none, noise or shuffle")
-    return torch.cat([ct, image[:, 1:]], dim=1)

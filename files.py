@@ -1,4 +1,4 @@
-"""What every program here does the same way: errors for people, images read with care, files that are whole or not there."""
+"""What all programs here share: errors for people, images read with care, atomic files."""
 
 import contextlib
 import os
@@ -13,19 +13,19 @@ import numpy as np
 
 
 class UserError(ValueError):
-    """Something the user can mend: bad files, folders or options. Programs print it as one line and exit with 2."""
+    """Something the user can fix: bad files or options. Programs print one line and exit with 2."""
 
 
 class CannotWrite(UserError):
-    """A full disk, no permission, a folder in the file's place: going on to the next file would not help."""
+    """A full disk, no permission, a folder of that name: writing further files would fail too."""
 
 
-def program(main: Callable[[list[str]], None]) -> None:
-    """Run a program's main on the command line; what the user can mend becomes one line on stderr and exit code 2."""
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Run main(command-line arguments); print a UserError as one line and exit with code 2."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # `... | head` has read enough; the interpreter flushes once more at its end, so give it another stdout
+    except BrokenPipeError:  # as with `| head`; Python flushes stdout again on exit: redirect it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as e:
@@ -37,22 +37,23 @@ def program(main: Callable[[list[str]], None]) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong with the disk while writing `path`, in a sentence: CannotWrite."""
+    """Turn any OSError of the block, which writes `path`, into a CannotWrite with advice."""
     try:
         yield
     except OSError as e:
-        raise CannotWrite(f"{path}: cannot be written: {e.strerror or e}; free some space, or choose another folder") from None
+        problem = f"{path}: cannot be written: {e.strerror or e}"
+        raise CannotWrite(f"{problem}; free some space, or choose another folder") from None
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """The name to write a file or folder under, beside `path`; at the block's end it is on disk and renamed to `path`.
+    """Yield a temporary name next to `path`; after the block, sync it and rename it to `path`.
 
-    So what bears that name is always whole: a crash, a full disk or a second reader sees the old one or the new one. A folder that
-    came to be there meanwhile is kept, and the new one dropped. Raises CannotWrite; the old one stays then.
+    So a crash, a full disk and a second reader all meet either the old file or folder or the
+    complete new one. A folder that another process wrote meanwhile stays. Raises CannotWrite.
     """
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # the endings stay: nibabel and matplotlib go by them
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: it tells the format
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def clean_parts(folder: Path) -> None:
-    """Remove what killed programs left of `atomic_write` in a folder; the parts of living ones stay."""
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder."""
     for part in folder.glob(".[0-9]*.*"):
         pid = part.name.split(".")[1]
         if pid.isdigit() and not _alive(int(pid)):
@@ -84,76 +85,81 @@ def _remove(part: Path) -> None:
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+        os.kill(pid, 0)  # signal 0 only checks that the process exists
+    except OSError as e:
+        return isinstance(e, PermissionError)  # it exists, and belongs to another user
     return True
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM as a flag, `asked`, while the block runs: the loop inside finishes its step, saves and leaves.
+    """In the block, Ctrl-C and SIGTERM only set `asked`; a second Ctrl-C interrupts at once."""
 
-    A second Ctrl-C does not wait.
-    """
-
-    def __init__(self):
-        self.asked = self.twice = False
+    asked = twice = False  # a loop in the block checks `asked`, then finishes its step and saves
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {n: signal.signal(n, self._ask) for n in numbers}
         return self
 
     def _ask(self, number: int, _) -> None:
         if number == signal.SIGINT and self.twice:
             raise KeyboardInterrupt
-        self.asked, self.twice = True, self.twice or number == signal.SIGINT
+        self.asked = True
+        self.twice = self.twice or number == signal.SIGINT
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
+def _unreadable(path: Path, error: Exception, advice: str) -> UserError:
+    reason = (str(error) or repr(error)).splitlines()[0]
+    return UserError(f"{path}: not a readable NIfTI file{advice} ({reason})")
+
+
 def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
-    """Load an image whole, as float32. Raises UserError for missing or broken files, wrong dimensions, NaN or infinity."""
+    """Load an image as float32. UserError if it is missing, broken, not finite or not `ndim`-D."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
         image = nib.load(path)
         data = image.get_fdata(dtype=np.float32)
-    except Exception as e:  # nibabel, zlib and gzip each have errors of their own for a broken file
-        why = (str(e) or repr(e)).splitlines()[0]
-        raise UserError(f"{path}: not a readable NIfTI file, perhaps cut short; copy or export it again ({why})") from None
+    except Exception as e:  # nibabel, zlib and gzip raise different errors for a broken file
+        raise _unreadable(path, e, ", perhaps cut short; copy or export it again") from None
     if data.ndim != ndim:
-        advice = "take one volume out of it" if data.ndim > ndim else "give the file that holds all of it"
+        many = data.ndim > ndim
+        advice = "take one volume out of it" if many else "give the file that holds all of it"
         raise UserError(f"{path}: expected {ndim} dimensions, found shape {data.shape}; {advice}")
-    if not np.isfinite(data).all():
-        raise UserError(f"{path}: {int((~np.isfinite(data)).sum())} voxels are NaN or infinite; export it again, or set them to 0")
-    return nib.Nifti1Image(np.ascontiguousarray(data), image.affine)  # files are in Fortran order, in which resampling is 4 x slower
-
-
-def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
-    """Raise UserError unless both images have the same voxels (3D shape, and corners within 0.1 mm)."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
-    apart = nib.affines.apply_affine(a.affine, corners) - nib.affines.apply_affine(b.affine, corners)
-    if a.shape[:3] != b.shape[:3] or np.abs(apart).max() > 0.1:
-        raise UserError(f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}: not on one grid; resample one to the other first")
+    if bad := int((~np.isfinite(data)).sum()):
+        raise UserError(f"{path}: {bad} voxels are NaN or infinite; export again or set them to 0")
+    data = np.ascontiguousarray(data)  # files are in Fortran order: resampling is 4 times slower
+    return nib.Nifti1Image(data, image.affine)
 
 
 def read_header(path) -> nib.Nifti1Image:
-    """The image without its voxels, for its grid. Raises UserError where it is missing or cannot be read."""
+    """Load an image's grid without its voxels; UserError if it is missing or cannot be read."""
     try:
         return nib.load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:
-        raise UserError(f"{path}: not a readable NIfTI file; export it again ({(str(e) or repr(e)).splitlines()[0]})") from None
+        raise _unreadable(path, e, "; export it again") from None
+
+
+def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
+    """Raise UserError unless both images have the same 3D shape and corners within 0.1 mm."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
+    apply = nib.affines.apply_affine
+    distance = np.abs(apply(a.affine, corners) - apply(b.affine, corners)).max()  # mm, per axis
+    if a.shape[:3] != b.shape[:3] or distance > 0.1:
+        grids = f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}"
+        raise UserError(f"{grids}: not on one grid; resample one to the other first")
 
 
 def glance(path: Path) -> tuple[int, bytes]:
-    """A file's size and 64 KB from its middle: enough to tell two scans apart."""
+    """Return a file's size and 64 KB from its middle: enough to tell two scans apart."""
+    size = path.stat().st_size
     with open(path, "rb") as f:
-        f.seek(max(0, path.stat().st_size // 2 - 2**15))
-        return path.stat().st_size, f.read(2**16)
+        f.seek(max(0, size // 2 - 2**15))
+        return size, f.read(2**16)

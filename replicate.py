@@ -35,10 +35,11 @@ import numpy as np
 import torch
 
 import claims
-import data
+import patches
 from claims import Experiment, experiments_for, read_rows
-from files import Interrupts, UserError, clean_parts, program, writing
-from metrics import write_table
+from config import FIELDS, Config, parse_config
+from evaluate import write_table
+from files import Interrupts, UserError, clean_parts, run_program, writing
 from predict import evaluating, load_model, sliding_window
 
 # What all systems of a source have in common: data and budget. "demo" stands in for PET/CT where no --root is given.
@@ -85,10 +86,12 @@ def digest(*things) -> str:
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:12]
 
 
-def options_that_matter(c: train.Config) -> dict:
+def options_that_matter(c: Config) -> dict:
     """Those that differ from train.py's defaults, so that an option that train.py gets later changes no key."""
-    default = dataclasses.asdict(train.Config())
-    return {k: v for k, v in dataclasses.asdict(c).items() if k not in MACHINE and v != default[k]}
+    default = Config()
+    names = {f.metadata["was"] or name: name for name, f in FIELDS.items() if name not in MACHINE}
+    found = {was: (getattr(c, name), getattr(default, name)) for was, name in names.items()}
+    return {was: value for was, (value, other) in found.items() if value != other}
 
 
 def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
@@ -99,7 +102,7 @@ def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
         raise UserError(f"--only {' '.join(a.only)}: not among the systems of claim {' '.join(map(str, a.claims))}; --list shows them")
     for kind in dict.fromkeys(e.data for e in chosen):
         source, common = source_of(kind, a)
-        base = train.parse_config([*common, *extra])
+        base = parse_config([*common, *extra])
         print(f"{source}: finding and preparing the studies", flush=True)
         folds = splits_of(base)
         numbers = a.folds if a.folds is not None else [0] if source == "demo" else range(len(folds))
@@ -110,7 +113,7 @@ def plan(a: argparse.Namespace, extra: list[str]) -> list[Run]:
             argv = [*common, *extra, *e.options.split(), "--fold", str(fold), "--seed", str(seed)]
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
-                    key = digest(options_that_matter(train.parse_config(argv)), folds[fold])
+                    key = digest(options_that_matter(parse_config(argv)), folds[fold])
             except (UserError, SystemExit):  # train.py will say so in the run's log, and the other runs go on
                 key = digest(argv, folds[fold])
             name = f"{e.name} fold{fold} seed{seed} {key}".replace(" ", "-")
@@ -137,7 +140,7 @@ def source_of(kind: str, a: argparse.Namespace) -> tuple[str, list[str]]:
     return source, common
 
 
-def splits_of(c: train.Config) -> list[list[list[str]]]:
+def splits_of(c: Config) -> list[list[list[str]]]:
     """[[training, held-out], ...] names of the studies, a fold."""
     first = train.load_cases(dataclasses.replace(c, fold=0))
     patients = {k.patient for side in first for k in side}
@@ -166,15 +169,15 @@ def child(folder: Path, argv: list[str]) -> None:
     with alone(folder / "lock"):
         argv = [*argv, "--resume", "--out", str(folder)]
         train.main(argv)
-        reconstruction_errors(folder, train.parse_config(argv))
+        reconstruction_errors(folder, parse_config(argv))
 
 
-def reconstruction_errors(folder: Path, c: train.Config) -> None:
+def reconstruction_errors(folder: Path, c: Config) -> None:
     """RUN/reconstruction.csv: of each held-out study the CT's root mean squared error in HU, of clean, noisy and shuffled input.
 
     The corruption is the paper's, the same for every system whatever it was trained with. Networks that reconstruct no CT have no file.
     """
-    if c.kind != "petct":
+    if c.task != "petct":
         return
     model, _ = load_model(folder / "last.pt", c.device)
     with evaluating(model):
@@ -189,7 +192,7 @@ def reconstruction_errors(folder: Path, c: train.Config) -> None:
             keys = iter(range(1_000_000 * n, 1_000_000 * (n + 1)))  # a window's corruption is the same for every system
 
             def reconstruct(x, how=how, keys=keys):
-                return model(data.corrupt_ct(x, how, torch.tensor([next(keys) for _ in x]))).ct
+                return model(patches.corrupt_ct(x, how, torch.tensor([next(keys) for _ in x]))).ct
 
             with evaluating(model):
                 error = sliding_window(image, reconstruct, c.patch, 0.0, c.batch)[0] - image[0]
@@ -373,4 +376,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program(main)
+    run_program(main)

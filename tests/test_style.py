@@ -41,7 +41,8 @@ PHRASES = {
     r"\bwhere (?:there (?:is|are) (?:no|none|one|not)|it cannot|it can't|that is cheap)\b": "if, when",
     r"[Tt]umour(?!$)": "tumor",
 }
-NAMES_OF_DATA = re.compile(r"brain_tumour|BrainTumour")
+# Names of data sets and of options of older versions.
+NAMES_OF_DATA = re.compile(r"brain_tumour|BrainTumour|was=\"\w+\"|healthy_fpv_ml|--(no-)?healthy")
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -1,0 +1,493 @@
+"""What a run is: every option of training, and the network, targets and preprocessing it means.
+
+One `Config` serves training, prediction and checkpoints. Each option is a field with its default,
+its help text and its allowed values; the command line, the checks and the reading of other people's
+files all use these. The presets below are bundles of options: the laptop-sized ones are the default
+of each --data, "autopet" and "brats" are the paper's recipes.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import baselines
+import kernels
+from data import Preprocessing
+from files import UserError
+from mirror_unet import TASKS, MirrorUNet
+from patches import Augmentation
+
+# Publications that come with their own optimizer: it is the default of their networks.
+OPTIMIZERS = {
+    "nnunet": dict(optimizer="sgd", lr=1e-2, weight_decay=3e-5, schedule="poly"),
+    "blackbean": dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly"),
+}
+
+
+def option(default, help: str, choices=None, low=None, high=None, count=None, was=None):
+    """A field of Config.
+
+    choices, low, high: allowed values; of a tuple, of each of its values. count: how many values a
+    tuple has. was: the field's name in older checkpoints and command lines.
+    """
+    allowed = dict(help=help, choices=choices, low=low, high=high, count=count, was=was)
+    return field(default=default, metadata=allowed)
+
+
+def probability(default: float, help: str, **more):
+    """A field between 0 and 1."""
+    return option(default, help, low=0, high=1, **more)
+
+
+@dataclass
+class Config:
+    """One run. Written to config.json and into every checkpoint."""
+
+    # data
+    data: str = option(
+        "phantom", "phantom | petct (AutoPET layout) | brain (MSD Task01 layout) | phantom-brain",
+        choices=("phantom", "petct", "brain", "phantom-brain"),
+    )
+    root: str = option("", "folder of the studies; the phantoms need none")
+    cache: str = option("cache", "folder for preprocessed studies")
+    phantoms: int = option(100, "number of phantom studies", low=1, high=100_000)
+    spacing: tuple[float, ...] = option(
+        (2.0, 2.0, 3.0), "mm, of the network's grid", low=0.1, high=100, count=3
+    )
+    ct_window: tuple[float, ...] = option((-100.0, 250.0), "HU that become 0 and 1", count=2)
+    suv_window: tuple[float, ...] = option((0.0, 15.0), "SUV that become 0 and 1", count=2)
+    negatives: bool = option(True, "keep patients without tumor", was="healthy")
+    splits: str = option(
+        "", "JSON file of folds in nnU-Net's format; default: by patient, stratified by tumor"
+    )
+    folds: int = option(5, "number of folds if there is no --splits", low=2, high=1000)
+    fold: int = option(0, "the fold that is held out", low=0)
+    # patches
+    patch: tuple[int, ...] = option(
+        (96, 96, 96), "voxels, multiples of 16; nnunet is planned for them",
+        low=1, high=1024, count=3,
+    )
+    batch: int = option(2, "patches per step; with torchrun: per process", low=1, high=4096)
+    patches_per_case: int = option(
+        4, "consecutive patches from one study", low=1, high=10_000, was="per_case"
+    )
+    foreground_fraction: float = probability(
+        2 / 3, "probability of a patch centered on tumor", was="positive"
+    )
+    flip: float = probability(0.5, "probability of mirroring, per axis")
+    flip_axes: tuple[int, ...] = option(
+        (0, 1, 2), "axes that are mirrored; 0 is left-right", choices=(0, 1, 2)
+    )
+    rotate: float = probability(0.0, "probability of a rotation by up to 30 degrees")
+    scale: float = probability(0.0, "probability of scaling by up to 20 %")
+    intensity: float = probability(0.0, "probability of a gain and shift up to 0.1, per channel")
+    gamma: float = probability(0.0, "probability of an exponent from 1/2 to 2, per channel")
+    # model
+    model: str = option(
+        "v3", "v1 | v2 | v3 | v4 | another system of the comparison: " + " | ".join(baselines.ALL)
+    )
+    tasks: str = option(
+        "v1", "joint: the tasks of v1 | v2 | v3, or none in addition to segmentation",
+        choices=("v1", "v2", "v3", "none"),
+    )
+    skips: str = option(
+        "pet", "joint: whose encoder's skips the segmentation takes, pet | both",
+        choices=("pet", "both"),
+    )
+    share: tuple[int, ...] = option(
+        (5,), "levels 3..7 whose weights both branches share; without a number: none",
+        choices=(3, 4, 5, 6, 7),
+    )
+    channels: tuple[int, ...] = option(
+        (16, 32, 64, 128, 256),
+        "widths of levels 1-5; nnunet, blackbean and segresnet start at twice the first",
+        low=1, high=4096, count=5,
+    )
+    norm: str = option(
+        "instance", "instance | batch; nnunet, blackbean and segresnet have their own",
+        choices=("instance", "batch"),
+    )
+    ct_weight: str = option("0.1", "v4: weight of the CT logits, a number or 'learnable'")
+    # self-supervision and loss
+    corrupt: str = option(
+        "", "none | noise | shuffle, of the CT to be reconstructed (v1-v3, multitask, joint)",
+        choices=("", "none", "noise", "shuffle"),
+    )
+    cube: int = option(16, "side of a shuffled cube, voxels", low=1, high=1024)
+    cubes: int = option(1, "shuffled cubes per patch", low=1, high=10_000)
+    sigma: float = option(0.3, "standard deviation of the noise, in CT windows", low=0, high=1e6)
+    lambda_seg: float = option(
+        0.5, "weight of Dice + CE in v1-v3, multitask, joint", low=0, high=1e6
+    )
+    lambda_rec: float = option(
+        1e-3, "weight of the reconstruction in v1-v3, multitask, joint, v2-rec", low=0, high=1e6
+    )
+    lambda_cls: float = option(1e-2, "weight of the classification in v3", low=0, high=1e6)
+    # optimization
+    steps: int = option(10_000, "training steps", low=1, high=10**9)
+    minutes: float = option(
+        0.0, "stop the steps after this time, whichever comes first; 0: no limit", low=0, high=1e6
+    )
+    optimizer: str = option(
+        "adam", "adam | adamw | sgd (Nesterov momentum 0.99)", choices=("adam", "adamw", "sgd")
+    )
+    lr: float = option(1e-3, "initial learning rate", low=0, high=1e6)
+    weight_decay: float = option(1e-5, "weight decay of the optimizer", low=0, high=1e6)
+    schedule: str = option(
+        "cosine", "cosine (to 0) | poly ((1 - t)^0.9) | step (x 0.1 at 5/8 of the run) | constant",
+        choices=("cosine", "poly", "step", "constant"),
+    )
+    clip: float = option(12.0, "largest gradient norm; 0: no clipping", low=0, high=1e9)
+    ema: float = option(
+        0.0, "decay of the moving average of the weights, which is validated and saved; 0: off",
+        low=0, high=0.999999,
+    )
+    seed: int = option(0, "seed of everything random", low=0, high=2**31 - 1)
+    # machine
+    device: str = option("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
+    amp: str = option(
+        "off", "off | bf16 | fp16 (CUDA only, with a loss scaler)", choices=("off", "bf16", "fp16")
+    )
+    compile: bool = option(False, "torch.compile the network")
+    channels_last: bool = option(True, "channels_last_3d memory layout")
+    workers: int = option(
+        -1, "loader processes; -1: none on CPU, up to 8 on CUDA", low=-1, high=1024
+    )
+    kernels: str = option(
+        "", "auto | triton | plain: the code of losses, norms and shuffles; "
+        "default MIRROR_UNET_KERNELS, else auto",
+        choices=("", *kernels.CHOICES),
+    )
+    # validation
+    validations: int = option(
+        5, "how many times a run is validated, the last time at its end", low=1, high=10**6
+    )
+    overlap: float = option(0.5, "overlap of sliding windows", low=0, high=0.9)
+    threshold: float = probability(
+        0.5, "probability from which a voxel is tumor; best for Dice: half the expected Dice"
+    )
+    flips: bool = option(
+        True, "in the last validation, average over mirror images along --flip-axes"
+    )
+    # run folder
+    out: str = option("", "run folder; default runs/DATA-MODEL-foldK, numbered if it exists")
+    checkpoint_minutes: float = option(
+        1.0, "time between two writings of last.pt; 0: after every step", low=0, high=1e6
+    )
+    overwrite: bool = option(False, "replace a run folder that exists")
+    resume: bool = option(False, "continue the run in --out; start it if there is none yet")
+
+    # ------------------------------------------------------------------------------- what it means
+    @property
+    def task(self) -> str:
+        """ "petct" or "brain"."""
+        return "brain" if self.data in ("brain", "phantom-brain") else "petct"
+
+    @property
+    def network_tasks(self) -> tuple[str, ...]:
+        """The names of what the network learns, as in `mirror_unet.TASKS`."""
+        if self.model in TASKS[self.task]:
+            return TASKS[self.task][self.model]
+        return baselines.tasks_of(self.model, self.task, self.tasks)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of what is segmented, in the order of `predict.foreground_probability`."""
+        if self.task == "petct":
+            return ("seg",)
+        return tuple(t for t in ("core", "whole", "edema") if t in self.network_tasks)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a study becomes the network's input."""
+        if self.task == "brain":
+            return Preprocessing("brain", self.spacing, "RAS")
+        return Preprocessing("petct", self.spacing, "LAS", self.ct_window, self.suv_window)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How patches are varied."""
+        return Augmentation(
+            self.flip, self.flip_axes, self.rotate,
+            scale=self.scale, intensity=self.intensity, gamma=self.gamma,
+        )
+
+    def build_model(self) -> nn.Module:
+        """The network, freshly initialized from PyTorch's random state. Raises ValueError."""
+        if self.model in TASKS[self.task]:
+            weight = self.ct_weight
+            weight = weight if weight == "learnable" else float(weight)
+            return MirrorUNet(
+                self.model, self.share, self.channels, self.norm, self.task, weight
+            )
+        return baselines.build(
+            self.model, self.task, self.channels, self.norm, self.share,
+            self.tasks, self.skips, self.patch, self.spacing,
+        )
+
+    # --------------------------------------------------------------------------------- in and out
+    def to_dict(self) -> dict:
+        """What JSON and checkpoints hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values, source) -> "Config":
+        """A config that was saved, perhaps by an older version; `source` names the file in errors.
+
+        Options that came later get their defaults. Raises UserError for unknown names and for
+        values that no option allows.
+        """
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: expected the options of a run by name, got {values!r:.80}")
+        renamed = {f.metadata["was"]: f.name for f in FIELDS.values() if f.metadata["was"]}
+        values = {renamed.get(name, name): value for name, value in values.items()}
+        unknown = sorted(set(map(str, values)) - set(FIELDS))
+        if unknown:
+            raise UserError(f"{source}: unknown options {unknown[:5]}; written by another version?")
+        checked = {}
+        for name, value in values.items():
+            try:
+                checked[name] = check_value(FIELDS[name], value)
+            except ValueError as e:
+                raise UserError(f"{source}: option {name}: {e}") from None
+        return cls(**checked)
+
+    def differences(self) -> str:
+        """The preset that is closest to this config, and the options that differ from it."""
+        best = None
+        for preset, values in PRESETS.items():
+            base = Config(**values)
+            skip = ("out", "device", "resume", "overwrite", "corrupt")
+            names = [n for n in FIELDS if n not in skip and getattr(base, n) != getattr(self, n)]
+            if best is None or len(names) < len(best[1]):
+                best = preset, names
+        words = [f"--{name.replace('_', '-')} {show(getattr(self, name))}" for name in best[1]]
+        return f"preset {best[0]}" + (", with " + " ".join(words) if words else "")
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+GROUPS = {  # group of options in --help: its first option
+    "data": "data", "patches": "patch", "model": "model", "self-supervision and loss": "corrupt",
+    "optimization": "steps", "machine": "device", "validation": "validations", "run folder": "out",
+}
+
+LAPTOP = dict(
+    batch=2, patches_per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw",
+    channels=(8, 16, 32, 64, 128),
+)
+PRESETS: dict[str, dict] = {
+    "phantom": LAPTOP | dict(
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), batch=4, steps=700, lr=2e-3, flip_axes=(0,),
+        threshold=0.4, validations=3,
+    ),
+    "petct": LAPTOP | dict(
+        data="petct", spacing=(4.0, 4.0, 4.0), suv_window=(0.0, 5.0), patch=(64, 64, 64),
+        minutes=12.0, weight_decay=0.05, rotate=0.5, scale=0.5, intensity=0.5, gamma=0.5,
+        threshold=0.35, ema=0.995,
+    ),
+    "brain": LAPTOP | dict(
+        data="brain", model="v2", spacing=(2.0, 2.0, 2.0), patch=(64, 64, 64), minutes=10.0,
+    ),
+    "autopet": dict(  # 400 epochs
+        data="petct", spacing=(2.0, 2.0, 3.0), patch=(96, 96, 96), batch=4, rotate=0.2, scale=0.2,
+        schedule="step", steps=320_000, validations=40,
+    ),
+    "brats": dict(
+        data="brain", model="v2", spacing=(1.0, 1.0, 1.0), patch=(224, 224, 144), batch=1,
+        patches_per_case=1, intensity=1.0, schedule="step", steps=150_000, validations=40,
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ checks
+def show(value) -> str:
+    """A value as it is written on the command line."""
+    return " ".join(map(show, value)) if isinstance(value, tuple) else f"{value}"
+
+
+def check_value(f: dataclasses.Field, value):
+    """`value` as the field's type, if it is one of those allowed. Raises ValueError, saying why."""
+    allowed = f.metadata
+    if typing.get_origin(f.type) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected a list of numbers, got {value!r:.80}")
+        if allowed["count"] not in (None, len(value)):
+            raise ValueError(f"takes {allowed['count']} numbers, got {len(value)}")
+        if allowed["choices"] and len(set(map(str, value))) < len(value):
+            raise ValueError(f"names a value twice: {show(tuple(value)):.80}")
+        return tuple(_check_one(typing.get_args(f.type)[0], v, allowed) for v in value)
+    return _check_one(f.type, value, allowed)
+
+
+def _check_one(kind: type, value, allowed):
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise ValueError(f"expected {names[kind]}, got {value!r:.80}")
+    low, high, choices = allowed["low"], allowed["high"], allowed["choices"]
+    if choices and value not in choices:
+        names = ", ".join(str(c) for c in choices if c != "")
+        raise ValueError(f"{value!s:.80}: use one of {names}")
+    if low is not None and value < low:
+        raise ValueError(f"{value:g}: give {low:g} or more")
+    if high is not None and value > high:
+        raise ValueError(f"{value:g}: give {high:g} or less")
+    return value
+
+
+def check(c: Config) -> None:
+    """Refuse options that exclude each other, fill in those that depend on others: UserError."""
+    if c.model != "joint" and (c.tasks, c.skips) != ("v1", "pet"):
+        given = f"--tasks {c.tasks} --skips {c.skips}"
+        raise UserError(f"{given}: these are options of --model joint, not of {c.model}")
+    reconstructs = "ct" in c.network_tasks
+    if c.corrupt in ("noise", "shuffle") and not reconstructs:
+        raise UserError(
+            f"--corrupt {c.corrupt}: {c.task} {c.model} reconstructs no CT; "
+            "leave it out, or use v1, v2 or v3 on PET/CT"
+        )
+    c.corrupt = c.corrupt or ("shuffle" if reconstructs else "none")
+    if c.data in ("petct", "brain") and not c.root:
+        raise UserError(f"--data {c.data} needs --root, the folder of the studies")
+    for name in ("ct_window", "suv_window"):
+        low, high = getattr(c, name)
+        if not low < high:
+            raise UserError(
+                f"--{name.replace('_', '-')} {low:g} {high:g}: the first must be the smaller one"
+            )
+    if c.ct_weight != "learnable":
+        try:
+            ok = 0 <= float(c.ct_weight) <= 1
+        except ValueError:
+            ok = False
+        if not ok:
+            raise UserError(f"--ct-weight {c.ct_weight}: give a number from 0 to 1, or learnable")
+
+
+def choose_device(c: Config) -> None:
+    """Turn --device auto into what this machine has, and refuse what it cannot run: UserError."""
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA "
+            "build of PyTorch"
+        )
+    if c.device == "auto":
+        c.device = "cuda" if torch.cuda.is_available() else "cpu"
+    use_kernels(c.kernels)
+    if c.device != "cpu":
+        return
+    if c.kernels == "triton" and not kernels.INTERPRETED:
+        raise UserError(
+            "--kernels triton --device cpu: Triton kernels run on a GPU; use --device cuda, "
+            "or --kernels plain"
+        )
+    if c.amp == "fp16":
+        raise UserError("--amp fp16 needs a CUDA device; on CPU use --amp bf16 or off")
+    if c.amp == "bf16" and c.patch[0] == 32:
+        # Found in PyTorch 2.13: on CPU, the bfloat16 weight gradient of a 3^3 convolution on
+        # (2, *, *) voxels reads memory that was never written.
+        raise UserError(
+            "--amp bf16 on a CPU needs a --patch whose first side is not 32, which meets a bug of "
+            "PyTorch's convolution"
+        )
+
+
+def use_kernels(choice: str) -> None:
+    """`kernels.use`, with its error as a UserError about --kernels."""
+    try:
+        kernels.use(choice)
+    except ValueError as e:
+        raise UserError(f"--kernels {choice}: {e}") from None
+
+
+# -------------------------------------------------------------------------------- the command line
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, like all others."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def build_parser(description: str) -> Parser:
+    """An option per field, grouped; the help shows the values of the laptop presets."""
+    parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--preset", choices=list(PRESETS),
+        help="phantom, petct, brain: laptop-sized, each the default of its --data;\n"
+        "autopet, brats: the paper's recipes",
+    )
+    starts = {first: title for title, first in GROUPS.items()}
+    group = parser
+    for f in FIELDS.values():
+        if f.name in starts:
+            group = parser.add_argument_group(starts[f.name])
+        names = [f"--{f.name.replace('_', '-')}"]
+        if f.metadata["was"]:  # an older name keeps working
+            names.append(f"--{f.metadata['was'].replace('_', '-')}")
+        text = f"{f.metadata['help']} ({defaults_of(f)})".replace("%", "%%")
+        more = dict(default=argparse.SUPPRESS, help=text, dest=f.name)
+        if f.type is bool:
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **more)
+        elif typing.get_origin(f.type) is tuple:
+            kind = typing.get_args(f.type)[0]
+            group.add_argument(*names, type=kind, nargs="*", metavar="N", **more)
+        else:
+            group.add_argument(*names, type=f.type, metavar=f.type.__name__.upper(), **more)
+    return parser
+
+
+def defaults_of(f: dataclasses.Field) -> str:
+    """A field's value in each of the laptop presets, for the help."""
+    values = {name: PRESETS[name].get(f.name, f.default) for name in ("phantom", "petct", "brain")}
+    if f.name == "data" or len(set(map(str, values.values()))) == 1:
+        return show(values["phantom"]) or "none"
+    return ", ".join(f"{name} {show(value)}" for name, value in values.items())
+
+
+def parse_config(argv: list[str], description: str = "") -> Config:
+    """Command line -> Config: defaults < preset < the model's optimizer < options.
+
+    With --resume the run's own config takes the place of the first three. A --steps without
+    --minutes lifts the preset's time limit, and --minutes without --steps the phantom preset's
+    number of steps. Raises UserError.
+    """
+    given = vars(build_parser(description).parse_args(argv))
+    preset = given.pop("preset") or given.get("data", "phantom").removeprefix("phantom-")
+    path = Path(given.get("out", "")) / "config.json"
+    for name, value in given.items():
+        try:
+            given[name] = check_value(FIELDS[name], value)
+        except ValueError as e:
+            raise UserError(f"--{name.replace('_', '-')} {e}") from None
+    if given.get("resume") and (path.exists() or set(given) <= {"out", "resume"}):
+        base = read_config(path)
+    else:
+        values = PRESETS[preset] | OPTIMIZERS.get(given.get("model", ""), {})
+        if "minutes" in given:  # the time is the budget, not the few steps of a laptop-sized run
+            values["steps"] = max(values["steps"], LAPTOP["steps"])
+        base = Config(**values)
+    if "steps" in given:
+        given.setdefault("minutes", 0.0)
+    c = dataclasses.replace(base, **given)
+    check(c)
+    choose_device(c)
+    return c
+
+
+def read_config(path: Path) -> Config:
+    """The config of an earlier run. Raises UserError if there is none or it cannot be used."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(
+            f"{path}: no run to resume here ({type(e).__name__}); name its folder with --out"
+        ) from None
+    return Config.from_dict(values, path)

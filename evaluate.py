@@ -1,0 +1,149 @@
+"""Masks against the truth, on the input's own grid: rows per case, their means, tables.
+
+An empty truth has no Dice and no FNV (NaN): such cases are left out of those means, and counted.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from data import CachedCase, Case, read_label
+from files import atomic_write, read_header, read_nifti
+from metrics import case_metrics, patient_metrics, voxel_ml
+
+MEASURES = ("dice", "fpv_ml", "fnv_ml")
+
+
+# -------------------------------------------------------------------------------------------- rows
+def read_truth(case: Case) -> nib.Nifti1Image | None:
+    """The labels of a study (`data.read_label`), or None if it has none."""
+    return read_label(case) if case.label else None
+
+
+def evaluate_case(
+    case: Case, truth: nib.Nifti1Image | None, masks: list[np.ndarray], targets: tuple[str, ...]
+) -> list[dict]:
+    """Metrics of one study, a row for each target.
+
+    truth: `read_truth(case)`; without it only the predicted volume is known, and the other numbers
+    are NaN. masks: a bool array (D, H, W) per target, on the grid of the study's last image.
+    """
+    spacing = nib.affines.voxel_sizes(read_header(case.images[-1]).affine)
+    labels = None if truth is None else np.asarray(truth.dataobj)
+    rows = []
+    for target, mask in zip(targets, masks, strict=True):
+        if labels is None:
+            numbers = dict.fromkeys((*MEASURES, "truth_ml"), math.nan)
+            numbers["pred_ml"] = np.count_nonzero(mask) * voxel_ml(spacing)
+        else:
+            numbers = case_metrics(mask, true_mask(labels, target), spacing)
+        columns = (*MEASURES, "pred_ml", "truth_ml")
+        rows.append({"case": case.name, "target": target} | {k: numbers[k] for k in columns})
+    return rows
+
+
+def true_mask(labels: np.ndarray, target: str) -> np.ndarray:
+    """The voxels of a target among `read_label`'s codes: 1 tumor (brain: edema), 2 core."""
+    if target == "core":
+        return labels == 2
+    return labels == 1 if target == "edema" else labels > 0
+
+
+def suv_threshold(
+    train: list[CachedCase], val: list[CachedCase], most: int = 100
+) -> tuple[float, list[dict]]:
+    """What no network would reach: "tumor is where SUV >= t", with the best t for training studies.
+
+    At most `most` training studies are read. Everything is computed on the files' own grids and
+    values, as a network is scored, because its SUV window may end below the best threshold.
+    Returns t and the rows of `evaluate_case` for the held-out studies.
+    """
+    thresholds = np.geomspace(0.5, 50, 93)  # 5 % apart
+    scores = np.zeros(len(thresholds))
+    positives = [case.case for case in train if case.tumor]
+    for case in positives[:: max(1, math.ceil(len(positives) / most))]:
+        pet = _read_suv(case)
+        truth = np.asarray(read_label(case).dataobj) > 0
+        predicted = _voxels_above(pet, thresholds)
+        correct = _voxels_above(pet[truth], thresholds)
+        scores += 2 * correct / (predicted + truth.sum())  # Dice of every threshold
+    best = float(thresholds[scores.argmax()])
+    rows = []
+    for case in val:
+        mask = _read_suv(case.case) >= best
+        rows += evaluate_case(case.case, read_truth(case.case), [mask], ("seg",))
+    return best, rows
+
+
+def _read_suv(case: Case) -> np.ndarray:
+    return read_nifti(case.images[1]).get_fdata(dtype=np.float32)
+
+
+def _voxels_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """How many values lie at or above each threshold (ascending), from one histogram."""
+    values = values[values >= thresholds[0]]
+    counts = np.histogram(values, bins=[*thresholds, np.inf])[0]
+    return counts[::-1].cumsum()[::-1]
+
+
+# ------------------------------------------------------------------------------------------- means
+def mean_of(rows: list[dict], key: str) -> float:
+    """Mean of a column over the rows in which it is defined; NaN if there are none."""
+    values = [row[key] for row in rows if key in row and not math.isnan(row[key])]
+    return float(np.mean(values)) if values else math.nan
+
+
+def summarize(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
+    """Means over the cases per target: {"seg_dice", "seg_fpv_ml", "seg_fnv_ml", ...}.
+
+    If the rows have tumor scores (v3), also the patient-level metrics: {"patient_auc", ...}.
+    """
+    means = {}
+    for target in targets:
+        mine = [r for r in rows if r["target"] == target]
+        means |= {f"{target}_{k}": mean_of(mine, k) for k in MEASURES}
+    scored = [r for r in rows if r["target"] == targets[0] and not math.isnan(r["tumor_score"])]
+    if scored:
+        scores = patient_metrics(
+            [r["tumor_score"] for r in scored], [r["has_tumor"] for r in scored]
+        )
+        means |= {f"patient_{k}": v for k, v in scores.items()}
+    return means
+
+
+# ------------------------------------------------------------------------------------------ tables
+def write_table(rows: list[dict], path: Path) -> None:
+    """Write rows as a CSV file; an undefined number is an empty cell."""
+    with atomic_write(path) as part, open(part, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            nan = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
+            writer.writerow(row | dict.fromkeys(nan, ""))
+
+
+def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
+    """Print Dice, FPV, FNV and volumes per case, and the means over the defined ones."""
+    width = max(len(r["case"]) for r in rows) + 2
+    for target in targets:
+        mine = [r for r in rows if r["target"] == target]
+        titles = ("Dice", "FPV ml", "FNV ml", "true ml", "pred. ml")
+        print(f"\n{target:{width}}" + "".join(f"{title:>9}" for title in titles))
+        for r in mine:
+            volumes = [_cell(r[k]) for k in ("fpv_ml", "fnv_ml", "truth_ml", "pred_ml")]
+            print(f"{r['case']:{width}}{_cell(r['dice'], 3)}{''.join(volumes)}")
+        means = [_cell(mean_of(mine, k)) for k in ("fpv_ml", "fnv_ml")]
+        print(f"{'mean':{width}}{_cell(mean_of(mine, 'dice'), 3)}{''.join(means)}")
+        empty = sum(not r["truth_ml"] for r in mine)
+        if empty:
+            print(
+                f"{empty} of {len(mine)} without a true tumor: "
+                "Dice and FNV are undefined there, and FPV counts"
+            )
+
+
+def _cell(value: float, digits: int = 2) -> str:
+    return f"{'-':>9}" if math.isnan(value) else f"{value:9.{digits}f}"

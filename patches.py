@@ -1,0 +1,209 @@
+"""Cached studies -> training patches: the self-supervision of the CT, augmentation, the data set.
+
+Randomness is a pure function of (seed, position in the run): the same patch comes out whatever the
+number of workers, before and after a resume. Arrays are (D, H, W): the axes of the NIfTI volume.
+"""
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import kernels
+from data import CachedCase
+from files import UserError
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    """A counter-based generator: its numbers depend on the key alone."""
+    seed = np.random.SeedSequence([k & 0xFFFFFFFF for k in key])
+    return np.random.Generator(np.random.Philox(seed))
+
+
+# --------------------------------------------------------------------------- the self-supervision
+def corrupt_ct(
+    image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3
+) -> Tensor:
+    """Corrupt the CT that the network has to reconstruct (paper, section 3.3: voxel shuffling).
+
+    Args:
+        image: (B, 2, D, H, W), channel 0 CT, channel 1 PET, which is left untouched.
+        how: "none" returns the input itself | "noise" adds Gaussian noise of standard deviation
+            sigma | "shuffle" permutes the voxels inside random cubes.
+        keys: (B,) integers, a seed per sample.
+        size, cubes: side of a cube (at most the patch's side), and how many there are per sample.
+
+    Returns a new tensor (B, 2, D, H, W); the caller keeps the clean one as the target.
+    """
+    if how == "none":
+        return image
+    ct = image[:, 0:1]
+    if how == "noise":
+        streams = [random_stream(3, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
+        noise = np.stack([s.standard_normal(ct.shape[1:], np.float32) for s in streams])
+        ct = ct + sigma * torch.from_numpy(noise).to(ct)
+    elif how == "shuffle":
+        size = min(size, *image.shape[2:])
+        streams = [random_stream(4, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
+        room = np.array(image.shape[2:]) - size + 1
+        corners = np.stack([s.integers(0, room, (cubes, 3)) for s in streams])  # (B, cubes, 3)
+        ct = kernels.voxel_shuffle(ct, torch.from_numpy(corners), size, keys)
+    else:
+        raise UserError(f"corruption {how!r}: use none, noise or shuffle")
+    return torch.cat([ct, image[:, 1:]], dim=1)
+
+
+# ------------------------------------------------------------------------------------ augmentation
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities and ranges. The paper's AutoPET recipe: flip 0.5, rotate 0.2, scale 0.2."""
+
+    flip: float = 0.5  # probability, of each axis in `flip_axes`
+    flip_axes: tuple[int, ...] = (0, 1, 2)  # 0 is left-right: the one that bodies allow
+    rotate: float = 0.0  # probability of a rotation by up to `degrees` about one axis
+    degrees: float = 30.0
+    scale: float = 0.0  # probability of scaling by a factor within 1 +- `zoom`
+    zoom: float = 0.2
+    intensity: float = 0.0  # probability, per channel, of x (1 +- `contrast`) + (+- `contrast`)
+    contrast: float = 0.1
+    gamma: float = 0.0  # probability, per channel, of sign(x) |x|^g with log2 g within +- 1
+
+
+def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
+    """Draw the parameters of one patch, to be applied by `read_patch`.
+
+    The number of draws is fixed, so switching one part off leaves the others as they are.
+    """
+    u = rng.random(12)
+    angle = np.deg2rad(aug.degrees) * (2 * u[1] - 1) * (u[0] < aug.rotate)
+    c, s = np.cos(angle), np.sin(angle)
+    turn = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    turn = np.roll(turn, int(3 * u[2]), axis=(0, 1))  # about a random axis, in mm
+    zoom = 1 + aug.zoom * (2 * u[4] - 1) * (u[3] < aug.scale)
+    active = u[8:10] < aug.intensity
+    v = 2 * rng.random(4) - 1
+    w = rng.random(4)
+    return {
+        "matrix": turn / zoom,  # output offset -> input offset, mm
+        "flip": [axis for axis in aug.flip_axes if u[5 + axis] < aug.flip],
+        "gain": 1 + aug.contrast * v[:2] * active,  # (2,), per channel
+        "shift": aug.contrast * v[2:] * active,
+        "gamma": 2.0 ** ((2 * w[:2] - 1) * (w[2:] < aug.gamma)),
+    }
+
+
+def read_region(array: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """array[..., start : start + size] of the last three axes, zero outside the volume."""
+    start, size = np.asarray(start), np.asarray(size)
+    low = np.maximum(start, 0)
+    high = np.minimum(start + size, array.shape[-3:])
+    out = np.zeros((*array.shape[:-3], *size), array.dtype)
+    if (high > low).all():
+        source = tuple(slice(a, b) for a, b in zip(low, high))
+        target = tuple(slice(a, b) for a, b in zip(low - start, high - start))
+        out[(..., *target)] = array[(..., *source)]
+    return out
+
+
+def read_patch(case: CachedCase, center, size, params: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Read the patch around a voxel and augment it as `params` (`draw_augmentation`) says.
+
+    An unrotated patch stays inside the volume if it fits, else it is centered on it; voxels
+    outside are 0. Returns the image (2, *size), float32, and the label (*size), uint8.
+    """
+    image, label = case.array("image"), case.array("label")
+    size, shape = np.asarray(size), np.asarray(label.shape)
+    spacing = nib.affines.voxel_sizes(case.affine)
+    matrix = np.diag(1 / spacing) @ params["matrix"] @ np.diag(spacing)  # in voxels
+    start = np.clip(np.asarray(center) - size // 2, 0, np.maximum(shape - size, 0))
+    start = start - np.maximum(size - shape, 0) // 2
+    if np.allclose(matrix, np.eye(3)):
+        image = read_region(image, start, size).astype(np.float32)
+        label = read_region(label, start, size)
+    else:
+        image, label = _read_turned(image, label, start, size, matrix)
+    if params["flip"]:
+        image = np.flip(image, [1 + axis for axis in params["flip"]]).copy()
+        label = np.flip(label, params["flip"]).copy()
+    per_channel = (np.asarray(params[k], np.float32) for k in ("gain", "shift", "gamma"))
+    gain, shift, gamma = (values.reshape(2, 1, 1, 1) for values in per_channel)
+    if (gamma != 1).any():
+        image = np.sign(image) * np.abs(image) ** gamma
+    return image * gain + shift, np.ascontiguousarray(label)
+
+
+def _read_turned(image, label, start, size, matrix) -> tuple[np.ndarray, np.ndarray]:
+    """The patch of `size` at `start`, turned and scaled about its center by `matrix` (voxels)."""
+    middle = start + (size - 1) / 2
+    reach = np.abs(matrix) @ ((size - 1) / 2)  # half the extent of the turned patch
+    low = np.floor(middle - reach).astype(int) - 1
+    extent = np.ceil(middle + reach).astype(int) + 2 - low
+    offset = middle - low - matrix @ ((size - 1) / 2)
+    image, label = read_region(image, low, extent), read_region(label, low, extent)
+    turn = dict(matrix=matrix, offset=offset, output_shape=tuple(size))
+    channels = [ndimage.affine_transform(c.astype(np.float32), order=1, **turn) for c in image]
+    return np.stack(channels), ndimage.affine_transform(label, order=0, **turn)
+
+
+# ------------------------------------------------------------------------------------ the data set
+class PatchDataset(Dataset):
+    """A list of training patches: item n is a pure function of (cases, options, seed, n).
+
+    Every round deals the cases in a new random order, `patches_per_case` patches in a row from
+    each. A patch is centered on a tumor voxel with probability `foreground_fraction` (2/3 is the
+    paper's 2:1), else on a voxel without tumor, as always in patients without tumor.
+
+    Item: a dict of "image" (2, D, H, W), float32; "label" (1, D, H, W), int64; "tumor", float32,
+    whether the patch holds any; "key", int64, the seed of its corruption.
+    """
+
+    def __init__(
+        self, cases: list[CachedCase], patch, length: int, seed=0, aug=Augmentation(),
+        foreground_fraction=2 / 3, patches_per_case=1,
+    ):
+        self.cases, self.patch, self.length, self.seed = cases, tuple(patch), length, seed
+        self.aug, self.foreground_fraction = aug, foreground_fraction
+        self.patches_per_case = patches_per_case
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        if not 0 <= n < self.length:
+            raise IndexError(n)  # ends `for item in dataset`
+        deal, place = divmod(n // self.patches_per_case, len(self.cases))
+        order = random_stream(self.seed, 1, deal).permutation(len(self.cases))
+        case = self.cases[order[place]]
+        rng = random_stream(self.seed, 2, n)
+        center = self._center(case, rng)
+        image, label = read_patch(case, center, self.patch, draw_augmentation(rng, self.aug))
+        return {
+            "image": torch.from_numpy(image),
+            "label": torch.from_numpy(label)[None].long(),
+            "tumor": torch.tensor(float((label > 0).any())),
+            "key": torch.tensor(int(rng.integers(2**62))),
+        }
+
+    def _center(self, case: CachedCase, rng: np.random.Generator) -> np.ndarray:
+        """Draw a voxel of tumor, or one without (the last try if nearly everything is tumor)."""
+        foreground, label = case.array("foreground"), case.array("label")
+        if rng.random() < self.foreground_fraction and len(foreground):
+            return foreground[rng.integers(len(foreground))]
+        for _ in range(20):
+            center = rng.integers(0, label.shape)
+            if not label[tuple(center)]:
+                break
+        return center
+
+
+def make_targets(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    """Add what `MirrorLoss` reads: "ct", "pet", "seg"; for the brain "core", "whole", "edema"."""
+    image, label = batch["image"], batch["label"]
+    if task == "brain":
+        targets = {"core": label == 2, "whole": label > 0, "edema": label == 1}
+        return batch | {name: mask.long() for name, mask in targets.items()}
+    return batch | {"ct": image[:, 0:1], "pet": image[:, 1:2], "seg": label}
