@@ -1,15 +1,16 @@
-"""Several processes, one run: torchrun --nproc_per_node=N train.py ... (PyTorch DDP; NCCL between GPUs, gloo between CPUs).
+"""Train one network in several processes: torchrun --nproc_per_node=N train.py ...
 
-N processes with batches of B are one process with batches of N B, step by step, up to rounding:
+Uses PyTorch's DDP, with NCCL between GPUs and gloo between CPUs. N processes with batches of B
+equal one process with batches of N B at every step, up to rounding:
 
-    patches          of each step's N B, process r takes the r-th B
-    Dice + CE        computed from sums over all processes (`sync=True` of the loss)
-    batch norm       its mean and variance are those of all processes (`JoinedBatchNorm`)
-    dropout          every process draws the mask of all N B samples and keeps its part (`JoinedDropout`)
-    gradients        averaged by DDP, so a loss that each process computes of the whole batch counts once
-    files            one process writes
+    patches       of each step's N B patches, process r takes the r-th B
+    Dice + CE     computed from sums over all processes (`sync=True` of the loss)
+    batch norm    mean and variance over all processes (`JoinedBatchNorm`)
+    dropout       each process draws the mask of all N B samples and uses its part (`JoinedDropout`)
+    gradients     averaged by DDP, so a loss that each process computes over all batches counts once
+    files         written by process 0 only
 
-Without torchrun everything here does nothing, at no cost.
+Without torchrun, everything here does nothing and costs nothing.
 """
 
 import contextlib
@@ -28,41 +29,44 @@ from files import UserError
 
 
 def size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def start(device: str) -> torch.device:
-    """Join the other processes, where torchrun started this one; returns this process's device ("cpu" | "cuda")."""
+    """Join the processes that torchrun started, if any; return this one's device (cpu or cuda)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return torch.device(device)
+    cuda = device == "cuda"
     local = int(os.environ["LOCAL_RANK"])
-    if device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"torchrun: a process a GPU, but this machine has {torch.cuda.device_count()}; give --nproc_per_node that number")
-    if device == "cuda":
+    if cuda:
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"torchrun: more processes than GPUs; use --nproc_per_node={gpus}")
         torch.cuda.set_device(local)
-    if not dist.is_initialized():  # a long limit: one process may preprocess or validate for hours while the others wait
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
-        # One reference more, so that the group lives as long as the process: where a gloo group ends, PyTorch 2.13 waits, holding the
-        # interpreter's lock, for a thread that may be waiting for that lock, and the run hangs after its last line.
+    if not dist.is_initialized():
+        # One process may preprocess or validate for hours while the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        # Keep the group until the process ends. When PyTorch 2.13 destroys a gloo group, it waits,
+        # holding the interpreter's lock, for a thread that may need this lock: the run hangs.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-    return torch.device(device, local) if device == "cuda" else torch.device("cpu")
+    return torch.device(device, local) if cuda else torch.device("cpu")
 
 
 def stop() -> None:
-    """Part from the other processes."""
+    """Leave the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
-    """Process 0 runs the block while the others wait, then they do: it fills a cache, they read it."""
+    """Run the block in process 0 first, then in the others: it fills a cache that they read."""
     if size() > 1 and rank() > 0:
         dist.barrier()
     yield
@@ -71,16 +75,15 @@ def first_alone() -> Iterator[None]:
 
 
 def share(value):
-    """Process 0's value, in every process."""
-    if size() == 1:
-        return value
+    """Return process 0's value in every process."""
     box = [value]
-    dist.broadcast_object_list(box, 0)
+    if size() > 1:
+        dist.broadcast_object_list(box, 0)
     return box[0]
 
 
 def gather(items: list) -> list:
-    """The items of all processes, dealt out in turn as `all_items[rank() :: size()]` dealt them."""
+    """Return the items of all processes in their order before `items[rank() :: size()]`."""
     if size() == 1:
         return items
     parts: list = [None] * size()
@@ -89,15 +92,16 @@ def gather(items: list) -> list:
 
 
 def largest(*values: float) -> list[float]:
-    """Of each value the largest of all processes: so that all agree on the time that is spent, and on stopping."""
-    t = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    """Return each value's maximum over the processes, so that all agree on when to stop."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    t = torch.tensor(values, dtype=torch.float64, device="cuda" if nccl else "cpu")
     if size() > 1:
         dist.all_reduce(t, dist.ReduceOp.MAX)
     return t.tolist()
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean over the processes."""
+    """Average a tensor over the processes, in place."""
     if size() > 1:
         dist.all_reduce(values)
         values /= size()
@@ -105,48 +109,42 @@ def mean(values: Tensor) -> Tensor:
 
 
 class JoinedBatchNorm(nn.BatchNorm3d):
-    """Batch norm with the statistics of all processes, whose batches are equally large. (PyTorch's own runs on GPUs alone.)"""
+    """Batch norm over all processes' batches, of equal size. PyTorch's own needs GPUs."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, D, H, W)
         if not self.training:
             return super().forward(x)
-        x32, dims = x.float(), (0, 2, 3, 4)
+        dims = (0, 2, 3, 4)
+        x32 = x.float()
         mean = all_reduce(x32.mean(dims, keepdim=True)) / size()  # (1, C, 1, 1, 1); differentiable
         var = all_reduce((x32 - mean).square().mean(dims, keepdim=True)) / size()
-        n = size() * x.numel() / x.shape[1]
+        n = size() * x.numel() / x.shape[1]  # values per channel
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
-        shape = (1, -1, 1, 1, 1)
-        y = (x32 - mean) * (var + self.eps).rsqrt() * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+        weight, bias = (p.view(1, -1, 1, 1, 1) for p in (self.weight, self.bias))
+        return ((x32 - mean) * (var + self.eps).rsqrt() * weight + bias).to(x.dtype)
 
 
 class JoinedDropout(nn.Dropout):
-    """Dropout whose mask is this process's part of the joined batch's."""
+    """Dropout with this process's part of the mask of the joined batch."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, ...)
         if not self.training:
             return x
-        mask = F.dropout(x.new_ones(size() * len(x), *x.shape[1:]), self.p)
+        mask = F.dropout(x.new_ones(size() * len(x), *x.shape[1:]), self.p)  # (N B, ...)
         return x * mask[rank() * len(x) : (rank() + 1) * len(x)]
 
 
 def distribute(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network as DDP, its batch norms and dropouts joined; itself where there is one process."""
+    """Join the network's batch norms and dropouts and wrap it in DDP; one process gets it as is."""
     if size() == 1:
         return net
-    for parent in list(net.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm3d:
-                joined = JoinedBatchNorm(child.num_features, child.eps, child.momentum).to(child.weight.device)
-                joined.weight, joined.bias = child.weight, child.bias
-                joined.load_state_dict(child.state_dict())
-                setattr(parent, name, joined)
-            elif type(child) is nn.Dropout:
-                setattr(parent, name, JoinedDropout(child.p))
-    ids, partial = [device.index] if device.type == "cuda" else None, getattr(net, "partial", False)
-    # partial: a step leaves some parameters without a gradient, in all processes alike
-    options = dict(broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=partial)
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)
+    joined = {nn.BatchNorm3d: JoinedBatchNorm, nn.Dropout: JoinedDropout}
+    for module in net.modules():  # only the class changes: parameters and buffers stay the same
+        module.__class__ = joined.get(type(module), type(module))
+    ids = [device.index] if device.type == "cuda" else None
+    partial = getattr(net, "partial", False)  # some parameters get no gradient, in all processes
+    options = dict(broadcast_buffers=False, gradient_as_bucket_view=True, device_ids=ids)
+    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=partial, **options)
