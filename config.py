@@ -25,7 +25,7 @@ from mirror_unet import TASKS, MirrorUNet
 from patches import Augmentation
 
 # Publications that come with their own optimizer: it is the default of their networks.
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, dict[str, typing.Any]] = {
     "nnunet": dict(optimizer="sgd", lr=1e-2, weight_decay=3e-5, schedule="poly"),
     "blackbean": dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly"),
 }
@@ -41,9 +41,15 @@ def option(default, help: str, choices=None, low=None, high=None, count=None, wa
     return field(default=default, metadata=allowed)
 
 
-def probability(default: float, help: str, **more):
-    """A field between 0 and 1."""
-    return option(default, help, low=0, high=1, **more)
+def choice(choices: str, help: str):
+    """A field with a few allowed values; the first one is the default, and "-" is no value."""
+    values = tuple("" if word == "-" else word for word in choices.split())
+    return option(values[0], help, values)
+
+
+def number(default, low, high, help: str, **more):
+    """A field, or a tuple's values, between low and high."""
+    return option(default, help, low=low, high=high, **more)
 
 
 @dataclass
@@ -51,135 +57,87 @@ class Config:
     """One run. Written to config.json and into every checkpoint."""
 
     # data
-    data: str = option(
-        "phantom", "phantom | petct (AutoPET layout) | brain (MSD Task01 layout) | phantom-brain",
-        choices=("phantom", "petct", "brain", "phantom-brain"),
-    )
+    data: str = choice("phantom petct brain phantom-brain", "AutoPET or MSD Task01 layout")
     root: str = option("", "folder of the studies; the phantoms need none")
     cache: str = option("cache", "folder for preprocessed studies")
-    phantoms: int = option(100, "number of phantom studies", low=1, high=100_000)
-    spacing: tuple[float, ...] = option(
-        (2.0, 2.0, 3.0), "mm, of the network's grid", low=0.1, high=100, count=3
+    phantoms: int = number(100, 1, 100_000, "number of phantom studies")
+    spacing: tuple[float, ...] = number(
+        (2.0, 2.0, 3.0), 0.1, 100, "mm, of the network's grid", count=3
     )
     ct_window: tuple[float, ...] = option((-100.0, 250.0), "HU that become 0 and 1", count=2)
     suv_window: tuple[float, ...] = option((0.0, 15.0), "SUV that become 0 and 1", count=2)
     negatives: bool = option(True, "keep patients without tumor", was="healthy")
-    splits: str = option(
-        "", "JSON file of folds in nnU-Net's format; default: by patient, stratified by tumor"
-    )
-    folds: int = option(5, "number of folds if there is no --splits", low=2, high=1000)
-    fold: int = option(0, "the fold that is held out", low=0)
+    splits: str = option("", "JSON file of folds in nnU-Net's format; default: folds by patient")
+    folds: int = number(5, 2, 1000, "number of folds if there is no --splits")
+    fold: int = number(0, 0, 1000, "the fold that is held out")
     # patches
-    patch: tuple[int, ...] = option(
-        (96, 96, 96), "voxels, multiples of 16; nnunet is planned for them",
-        low=1, high=1024, count=3,
+    patch: tuple[int, ...] = number((96, 96, 96), 1, 1024, "voxels, multiples of 16", count=3)
+    batch: int = number(2, 1, 4096, "patches per step; with torchrun: per process")
+    patches_per_case: int = number(
+        4, 1, 10_000, "consecutive patches from one study", was="per_case"
     )
-    batch: int = option(2, "patches per step; with torchrun: per process", low=1, high=4096)
-    patches_per_case: int = option(
-        4, "consecutive patches from one study", low=1, high=10_000, was="per_case"
+    foreground_fraction: float = number(
+        2 / 3, 0, 1, "probability of a patch centered on tumor", was="positive"
     )
-    foreground_fraction: float = probability(
-        2 / 3, "probability of a patch centered on tumor", was="positive"
-    )
-    flip: float = probability(0.5, "probability of mirroring, per axis")
+    flip: float = number(0.5, 0, 1, "probability of mirroring, per axis")
     flip_axes: tuple[int, ...] = option(
         (0, 1, 2), "axes that are mirrored; 0 is left-right", choices=(0, 1, 2)
     )
-    rotate: float = probability(0.0, "probability of a rotation by up to 30 degrees")
-    scale: float = probability(0.0, "probability of scaling by up to 20 %")
-    intensity: float = probability(0.0, "probability of a gain and shift up to 0.1, per channel")
-    gamma: float = probability(0.0, "probability of an exponent from 1/2 to 2, per channel")
+    rotate: float = number(0.0, 0, 1, "probability of a rotation by up to 30 degrees")
+    scale: float = number(0.0, 0, 1, "probability of scaling by up to 20 %")
+    intensity: float = number(0.0, 0, 1, "probability of a gain and shift up to 0.1, per channel")
+    gamma: float = number(0.0, 0, 1, "probability of an exponent from 1/2 to 2, per channel")
     # model
-    model: str = option(
-        "v3", "v1 | v2 | v3 | v4 | another system of the comparison: " + " | ".join(baselines.ALL)
-    )
-    tasks: str = option(
-        "v1", "joint: the tasks of v1 | v2 | v3, or none in addition to segmentation",
-        choices=("v1", "v2", "v3", "none"),
-    )
-    skips: str = option(
-        "pet", "joint: whose encoder's skips the segmentation takes, pet | both",
-        choices=("pet", "both"),
-    )
+    model: str = option("v3", f"v1, v2, v3, v4, or a baseline: {', '.join(baselines.ALL)}")
+    tasks: str = choice("v1 v2 v3 none", "joint: the version whose tasks it has")
+    skips: str = choice("pet both", "joint: the encoders whose skips the segmentation takes")
     share: tuple[int, ...] = option(
-        (5,), "levels 3..7 whose weights both branches share; without a number: none",
-        choices=(3, 4, 5, 6, 7),
+        (5,), "levels whose weights both branches share; may be empty", choices=(3, 4, 5, 6, 7)
     )
-    channels: tuple[int, ...] = option(
-        (16, 32, 64, 128, 256),
-        "widths of levels 1-5; nnunet, blackbean and segresnet start at twice the first",
-        low=1, high=4096, count=5,
+    channels: tuple[int, ...] = number(
+        (16, 32, 64, 128, 256), 1, 4096,
+        "widths of levels 1-5; nnunet, blackbean, segresnet start at twice the first", count=5,
     )
-    norm: str = option(
-        "instance", "instance | batch; nnunet, blackbean and segresnet have their own",
-        choices=("instance", "batch"),
-    )
+    norm: str = choice("instance batch", "nnunet, blackbean and segresnet have their own")
     ct_weight: str = option("0.1", "v4: weight of the CT logits, a number or 'learnable'")
     # self-supervision and loss
-    corrupt: str = option(
-        "", "none | noise | shuffle, of the CT to be reconstructed (v1-v3, multitask, joint)",
-        choices=("", "none", "noise", "shuffle"),
-    )
-    cube: int = option(16, "side of a shuffled cube, voxels", low=1, high=1024)
-    cubes: int = option(1, "shuffled cubes per patch", low=1, high=10_000)
-    sigma: float = option(0.3, "standard deviation of the noise, in CT windows", low=0, high=1e6)
-    lambda_seg: float = option(
-        0.5, "weight of Dice + CE in v1-v3, multitask, joint", low=0, high=1e6
-    )
-    lambda_rec: float = option(
-        1e-3, "weight of the reconstruction in v1-v3, multitask, joint, v2-rec", low=0, high=1e6
-    )
-    lambda_cls: float = option(1e-2, "weight of the classification in v3", low=0, high=1e6)
+    corrupt: str = choice("- none noise shuffle", "of the CT to be reconstructed; default: shuffle")
+    cube: int = number(16, 1, 1024, "side of a shuffled cube, voxels")
+    cubes: int = number(1, 1, 10_000, "shuffled cubes per patch")
+    sigma: float = number(0.3, 0, 1e6, "standard deviation of the noise, in CT windows")
+    lambda_seg: float = number(0.5, 0, 1e6, "weight of Dice + CE in v1-v3, multitask, joint")
+    lambda_rec: float = number(1e-3, 0, 1e6, "weight of the reconstruction there and in v2-rec")
+    lambda_cls: float = number(1e-2, 0, 1e6, "weight of the classification in v3")
     # optimization
-    steps: int = option(10_000, "training steps", low=1, high=10**9)
-    minutes: float = option(
-        0.0, "stop the steps after this time, whichever comes first; 0: no limit", low=0, high=1e6
+    steps: int = number(10_000, 1, 10**9, "training steps")
+    minutes: float = number(0.0, 0, 1e6, "stop the steps after this time at the latest; 0: never")
+    optimizer: str = choice("adam adamw sgd", "sgd: Nesterov momentum 0.99")
+    lr: float = number(1e-3, 0, 1e6, "initial learning rate")
+    weight_decay: float = number(1e-5, 0, 1e6, "weight decay of the optimizer")
+    schedule: str = choice(
+        "cosine poly step constant", "cosine to 0; poly: (1 - t)^0.9; step: x 0.1 at 5/8 of the run"
     )
-    optimizer: str = option(
-        "adam", "adam | adamw | sgd (Nesterov momentum 0.99)", choices=("adam", "adamw", "sgd")
-    )
-    lr: float = option(1e-3, "initial learning rate", low=0, high=1e6)
-    weight_decay: float = option(1e-5, "weight decay of the optimizer", low=0, high=1e6)
-    schedule: str = option(
-        "cosine", "cosine (to 0) | poly ((1 - t)^0.9) | step (x 0.1 at 5/8 of the run) | constant",
-        choices=("cosine", "poly", "step", "constant"),
-    )
-    clip: float = option(12.0, "largest gradient norm; 0: no clipping", low=0, high=1e9)
-    ema: float = option(
-        0.0, "decay of the moving average of the weights, which is validated and saved; 0: off",
-        low=0, high=0.999999,
-    )
-    seed: int = option(0, "seed of everything random", low=0, high=2**31 - 1)
+    clip: float = number(12.0, 0, 1e9, "largest gradient norm; 0: no clipping")
+    ema: float = number(0.0, 0, 0.999999, "decay of the averaged weights, which are saved; 0: off")
+    seed: int = number(0, 0, 2**31 - 1, "seed of everything random")
     # machine
-    device: str = option("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
-    amp: str = option(
-        "off", "off | bf16 | fp16 (CUDA only, with a loss scaler)", choices=("off", "bf16", "fp16")
-    )
+    device: str = choice("auto cpu cuda", "where it runs")
+    amp: str = choice("off bf16 fp16", "mixed precision; fp16 on CUDA only")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(True, "channels_last_3d memory layout")
-    workers: int = option(
-        -1, "loader processes; -1: none on CPU, up to 8 on CUDA", low=-1, high=1024
-    )
-    kernels: str = option(
-        "", "auto | triton | plain: the code of losses, norms and shuffles; "
-        "default MIRROR_UNET_KERNELS, else auto",
-        choices=("", *kernels.CHOICES),
-    )
+    workers: int = number(-1, -1, 1024, "loader processes; -1: none on CPU, up to 8 on CUDA")
+    kernels: str = choice("- auto triton plain", "default MIRROR_UNET_KERNELS, else auto")
     # validation
-    validations: int = option(
-        5, "how many times a run is validated, the last time at its end", low=1, high=10**6
+    validations: int = number(5, 1, 10**6, "how many times, the last time at the end")
+    overlap: float = number(0.5, 0, 0.9, "overlap of sliding windows")
+    threshold: float = number(
+        0.5, 0, 1, "probability from which a voxel is tumor; best: half the expected Dice"
     )
-    overlap: float = option(0.5, "overlap of sliding windows", low=0, high=0.9)
-    threshold: float = probability(
-        0.5, "probability from which a voxel is tumor; best for Dice: half the expected Dice"
-    )
-    flips: bool = option(
-        True, "in the last validation, average over mirror images along --flip-axes"
-    )
+    flips: bool = option(True, "in the last validation, average over mirror images")
     # run folder
     out: str = option("", "run folder; default runs/DATA-MODEL-foldK, numbered if it exists")
-    checkpoint_minutes: float = option(
-        1.0, "time between two writings of last.pt; 0: after every step", low=0, high=1e6
+    checkpoint_minutes: float = number(
+        1.0, 0, 1e6, "time between two writings of last.pt; 0: after every step"
     )
     overwrite: bool = option(False, "replace a run folder that exists")
     resume: bool = option(False, "continue the run in --out; start it if there is none yet")
@@ -254,22 +212,21 @@ class Config:
         checked = {}
         for name, value in values.items():
             try:
-                checked[name] = check_value(FIELDS[name], value)
+                checked[name] = check_value(FIELDS[str(name)], value)
             except ValueError as e:
                 raise UserError(f"{source}: option {name}: {e}") from None
         return cls(**checked)
 
     def differences(self) -> str:
         """The preset that is closest to this config, and the options that differ from it."""
-        best = None
+        own = ("out", "device", "resume", "overwrite", "corrupt")  # of a run, not of a preset
+        found = {}
         for preset, values in PRESETS.items():
             base = Config(**values)
-            skip = ("out", "device", "resume", "overwrite", "corrupt")
-            names = [n for n in FIELDS if n not in skip and getattr(base, n) != getattr(self, n)]
-            if best is None or len(names) < len(best[1]):
-                best = preset, names
-        words = [f"--{name.replace('_', '-')} {show(getattr(self, name))}" for name in best[1]]
-        return f"preset {best[0]}" + (", with " + " ".join(words) if words else "")
+            names = [n for n in FIELDS if getattr(base, n) != getattr(self, n) and n not in own]
+            found[preset] = [as_argument(n, getattr(self, n)) for n in names]
+        closest = min(found, key=lambda preset: len(found[preset]))
+        return f"preset {closest}" + "".join(f" {words}" for words in found[closest])
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -278,11 +235,11 @@ GROUPS = {  # group of options in --help: its first option
     "optimization": "steps", "machine": "device", "validation": "validations", "run folder": "out",
 }
 
-LAPTOP = dict(
+LAPTOP: dict[str, typing.Any] = dict(
     batch=2, patches_per_case=1, steps=100_000, intensity=0.3, ema=0.99, optimizer="adamw",
     channels=(8, 16, 32, 64, 128),
 )
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, typing.Any]] = {
     "phantom": LAPTOP | dict(
         spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), batch=4, steps=700, lr=2e-3, flip_axes=(0,),
         threshold=0.4, validations=3,
@@ -308,13 +265,25 @@ PRESETS: dict[str, dict] = {
 
 # ------------------------------------------------------------------------------------------ checks
 def show(value) -> str:
-    """A value as it is written on the command line."""
-    return " ".join(map(show, value)) if isinstance(value, tuple) else f"{value}"
+    """A value as people write it."""
+    if isinstance(value, tuple):
+        return " ".join(map(show, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_argument(name: str, value) -> str:
+    """An option as it is given on the command line."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {show(value)}"
 
 
 def check_value(f: dataclasses.Field, value):
     """`value` as the field's type, if it is one of those allowed. Raises ValueError, saying why."""
-    allowed = f.metadata
+    allowed: typing.Any = f.metadata
     if typing.get_origin(f.type) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"expected a list of numbers, got {value!r:.80}")
@@ -326,7 +295,7 @@ def check_value(f: dataclasses.Field, value):
     return _check_one(f.type, value, allowed)
 
 
-def _check_one(kind: type, value, allowed):
+def _check_one(kind, value, allowed):
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -418,29 +387,32 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(description: str) -> Parser:
     """An option per field, grouped; the help shows the values of the laptop presets."""
-    parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=description, usage="%(prog)s [options]")
     parser.add_argument(
         "--preset", choices=list(PRESETS),
-        help="phantom, petct, brain: laptop-sized, each the default of its --data;\n"
-        "autopet, brats: the paper's recipes",
+        help="values for many options: phantom, petct and brain are laptop-sized and the default "
+        "of each --data; autopet and brats are the paper's recipes",
     )
     starts = {first: title for title, first in GROUPS.items()}
     group = parser
     for f in FIELDS.values():
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
-        names = [f"--{f.name.replace('_', '-')}"]
-        if f.metadata["was"]:  # an older name keeps working
-            names.append(f"--{f.metadata['was'].replace('_', '-')}")
-        text = f"{f.metadata['help']} ({defaults_of(f)})".replace("%", "%%")
-        more = dict(default=argparse.SUPPRESS, help=text, dest=f.name)
+        more: dict[str, typing.Any] = dict(default=argparse.SUPPRESS, dest=f.name)
         if f.type is bool:
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, **more)
+            more |= dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(f.type) is tuple:
-            kind = typing.get_args(f.type)[0]
-            group.add_argument(*names, type=kind, nargs="*", metavar="N", **more)
+            more |= dict(type=typing.get_args(f.type)[0], nargs="*", metavar="N")
         else:
-            group.add_argument(*names, type=f.type, metavar=f.type.__name__.upper(), **more)
+            kinds = {int: "N", float: "X", str: "TEXT"}
+            choices = [c for c in f.metadata["choices"] or () if c != ""]
+            metavar = "{" + ",".join(choices) + "}" if choices else kinds[typing.cast(type, f.type)]
+            more |= dict(type=f.type, metavar=metavar)
+        text = f"{f.metadata['help']} ({defaults_of(f)})".replace("%", "%%")
+        group.add_argument(f"--{f.name.replace('_', '-')}", help=text, **more)
+        if f.metadata["was"]:  # the older name keeps working
+            old = f"--{f.metadata['was'].replace('_', '-')}"
+            group.add_argument(old, help=argparse.SUPPRESS, **more)
     return parser
 
 

@@ -7,8 +7,9 @@ import csv
 import math
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.nifti1 import Nifti1Image
 
 from data import CachedCase, Case, read_label
 from files import atomic_write, read_header, read_nifti
@@ -18,26 +19,27 @@ MEASURES = ("dice", "fpv_ml", "fnv_ml")
 
 
 # -------------------------------------------------------------------------------------------- rows
-def read_truth(case: Case) -> nib.Nifti1Image | None:
+def read_truth(case: Case) -> Nifti1Image | None:
     """The labels of a study (`data.read_label`), or None if it has none."""
     return read_label(case) if case.label else None
 
 
 def evaluate_case(
-    case: Case, truth: nib.Nifti1Image | None, masks: list[np.ndarray], targets: tuple[str, ...]
+    case: Case, truth: Nifti1Image | None, masks: list[np.ndarray], targets: tuple[str, ...]
 ) -> list[dict]:
     """Metrics of one study, a row for each target.
 
     truth: `read_truth(case)`; without it only the predicted volume is known, and the other numbers
     are NaN. masks: a bool array (D, H, W) per target, on the grid of the study's last image.
     """
-    spacing = nib.affines.voxel_sizes(read_header(case.images[-1]).affine)
+    spacing = voxel_sizes(read_header(case.images[-1]).affine)
     labels = None if truth is None else np.asarray(truth.dataobj)
     rows = []
     for target, mask in zip(targets, masks, strict=True):
         if labels is None:
-            numbers = dict.fromkeys((*MEASURES, "truth_ml"), math.nan)
-            numbers["pred_ml"] = np.count_nonzero(mask) * voxel_ml(spacing)
+            pred_ml = np.count_nonzero(mask) * voxel_ml(spacing)
+            unknown = dict.fromkeys((*MEASURES, "truth_ml"), math.nan)
+            numbers = {**unknown, "pred_ml": pred_ml}
         else:
             numbers = case_metrics(mask, true_mask(labels, target), spacing)
         columns = (*MEASURES, "pred_ml", "truth_ml")

@@ -18,7 +18,8 @@ _CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)
 
 def _untouched_voxels(mask: np.ndarray, other: np.ndarray) -> int:
     """Count the voxels of those components of `mask` that `other` does not touch."""
-    labels, count = ndimage.label(mask, _CONNECTIVITY_18)
+    labels = np.zeros(mask.shape, np.int32)
+    count = int(ndimage.label(mask, _CONNECTIVITY_18, labels))  # type: ignore
     touched = np.zeros(count + 1, bool)
     touched[labels[other]] = True
     touched[0] = True  # the background is no component

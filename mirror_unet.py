@@ -254,7 +254,7 @@ class MirrorUNet(nn.Module):
 
     def __init__(
         self, version="v3", share=(5,), channels=(16, 32, 64, 128, 256), norm="instance",
-        preset="petct", ct_weight=0.1,
+        preset="petct", ct_weight: float | str = 0.1,
     ):
         super().__init__()
         if version not in TASKS.get(preset, {}):

@@ -6,9 +6,9 @@ number of workers, before and after a resume. Arrays are (D, H, W): the axes of 
 
 from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
 import torch
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -117,7 +117,7 @@ def read_patch(case: CachedCase, center, size, params: dict) -> tuple[np.ndarray
     """
     image, label = case.array("image"), case.array("label")
     size, shape = np.asarray(size), np.asarray(label.shape)
-    spacing = nib.affines.voxel_sizes(case.affine)
+    spacing = voxel_sizes(case.affine)
     matrix = np.diag(1 / spacing) @ params["matrix"] @ np.diag(spacing)  # in voxels
     start = np.clip(np.asarray(center) - size // 2, 0, np.maximum(shape - size, 0))
     start = start - np.maximum(size - shape, 0) // 2
@@ -127,8 +127,8 @@ def read_patch(case: CachedCase, center, size, params: dict) -> tuple[np.ndarray
     else:
         image, label = _read_turned(image, label, start, size, matrix)
     if params["flip"]:
-        image = np.flip(image, [1 + axis for axis in params["flip"]]).copy()
-        label = np.flip(label, params["flip"]).copy()
+        image = np.flip(image, tuple(1 + axis for axis in params["flip"])).copy()
+        label = np.flip(label, tuple(params["flip"])).copy()
     per_channel = (np.asarray(params[k], np.float32) for k in ("gain", "shift", "gamma"))
     gain, shift, gamma = (values.reshape(2, 1, 1, 1) for values in per_channel)
     if (gamma != 1).any():
@@ -144,9 +144,12 @@ def _read_turned(image, label, start, size, matrix) -> tuple[np.ndarray, np.ndar
     extent = np.ceil(middle + reach).astype(int) + 2 - low
     offset = middle - low - matrix @ ((size - 1) / 2)
     image, label = read_region(image, low, extent), read_region(label, low, extent)
-    turn = dict(matrix=matrix, offset=offset, output_shape=tuple(size))
-    channels = [ndimage.affine_transform(c.astype(np.float32), order=1, **turn) for c in image]
-    return np.stack(channels), ndimage.affine_transform(label, order=0, **turn)
+
+    def turn(volume, order):
+        return ndimage.affine_transform(volume, matrix, offset, tuple(size), order=order)
+
+    image = np.stack([turn(channel.astype(np.float32), order=1) for channel in image])
+    return image, turn(label, order=0)
 
 
 # ------------------------------------------------------------------------------------ the data set

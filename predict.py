@@ -1,7 +1,7 @@
 """From a trained network to a mask on the input's own grid.
 
-    python predict.py --checkpoint RUN/best.pt --pet SUV.nii.gz [--ct CTres.nii.gz] --out MASK.nii.gz
-    python predict.py --checkpoint RUN/best.pt --image FOUR_CHANNEL.nii.gz --out MASK.nii.gz
+    python predict.py --checkpoint RUN/best.pt --pet SUV.nii.gz [--ct CTres.nii.gz] --out M.nii.gz
+    python predict.py --checkpoint RUN/best.pt --image FOUR_CHANNEL.nii.gz --out M.nii.gz
     python predict.py --checkpoint RUN/best.pt --root DIR --out DIR
 
 The last form predicts every study of a folder, and scores those that come with a truth.
@@ -26,13 +26,13 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.affines import voxel_sizes
 from nibabel.processing import resample_from_to
 from torch import Tensor
 from tqdm import tqdm
 
 import figures
-from config import FIELDS as OPTIONS
-from config import Config, check_value, use_kernels
+from config import FIELDS, Config, Parser, check_value, use_kernels
 from data import Case, find_brain, find_petct, label_to_grid, load_images
 from evaluate import evaluate_case, print_table, read_truth, write_table
 from files import CannotWrite, UserError, atomic_write, read_header, run_program, same_grid
@@ -85,7 +85,8 @@ def sliding_window(
     weight = gaussian_window(size).to(image.device)
     starts = window_starts(image.shape[1:], size, overlap)
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
-    total = weights = None
+    weights = image.new_zeros(image.shape[1:])
+    total = None
     batches = range(0, len(places), batch)
     for i in tqdm(batches, desc=title, unit="batch", leave=False, disable=title is None):
         some = places[i : i + batch]
@@ -93,10 +94,10 @@ def sliding_window(
         out = predict(windows).float()  # (N, K, *size)
         if total is None:
             total = image.new_zeros(out.shape[1], *image.shape[1:])
-            weights = image.new_zeros(image.shape[1:])
         for one, place in zip(out, some):
             total[(slice(None), *place)] += one * weight
             weights[place] += weight
+    assert total is not None  # there is at least one window
     inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
     return total.div_(weights)[(slice(None), *inner)]
 
@@ -159,12 +160,13 @@ def predict_image(
     flips = [[2 + axis for axis in some] for n in counts for some in combinations(flip_axes, n)]
 
     def predict(x: Tensor) -> Tensor:
-        mean, score = 0.0, 0.0
+        mean, score = x.new_zeros(()), x.new_zeros(())
         for flip in flips:
             prob, tumor = foreground_probability(model, x.flip(flip))
             mean = mean + prob.flip(flip) / len(flips)
-            score = score if tumor is None else score + tumor / len(flips)
-        if tumor is not None:
+            if tumor is not None:
+                score = score + tumor / len(flips)
+        if score.ndim:
             scores.append(score)
         return mean
 
@@ -194,7 +196,8 @@ def reconstruct(model, image: Tensor, size, overlap=0.5, batch=2) -> dict[str, n
 # --------------------------------------------------------------------- back to the input's own grid
 def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
     """Resample a map (D, H, W) trilinearly from the grid of `affine` to `like`'s; 0 outside."""
-    if prob.shape == like.shape[:3] and np.allclose(affine, like.affine, atol=1e-4):
+    same = prob.shape == like.shape[:3]
+    if same and np.allclose(affine, np.asarray(like.affine), atol=1e-4):
         return prob
     grid = (like.shape[:3], like.affine)
     resampled = resample_from_to(nib.Nifti1Image(prob, affine), grid, order=1, cval=0.0)
@@ -217,7 +220,7 @@ def save_nifti(array: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-def load_checkpoint(path, device="cpu") -> dict:
+def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
     """What train.py saved; its "config" becomes a Config. A foreign file cannot run code.
 
     Raises UserError for anything that is not a checkpoint of train.py.
@@ -291,7 +294,7 @@ def predict_study(
         case = dataclasses.replace(case, images=(None, case.images[-1]))
     image, affine, box = load_images(case, c.preprocessing)
     x = torch.from_numpy(image).to(device)
-    prob, scores = 0, []
+    prob, scores = torch.zeros((), device=device), []
     for model, d in models:
         one, score = predict_image(
             model, x, d.patch, d.overlap, d.batch,
@@ -326,7 +329,7 @@ def predict_study(
     if not math.isnan(rows[0]["dice"]):
         title += f"\nDice {rows[0]['dice']:.2f}"
     predicted = (prob >= c.threshold).any(0)
-    spacing = nib.affines.voxel_sizes(affine)
+    spacing = voxel_sizes(affine)
     tile = figures.tile(title, image[-1], predicted, truth, spacing, c.task == "brain")
     return Prediction(rows, tile)
 
@@ -334,7 +337,7 @@ def predict_study(
 # -------------------------------------------------------------------------------------- the program
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError for what does not go together."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description="From a trained network to a mask on the input's own grid.")
     add = parser.add_argument
     add("--checkpoint", nargs="+", required=True, help="best.pt of a run; several: an ensemble")
     add("--pet", type=Path, help="SUV.nii.gz")
@@ -357,11 +360,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     use_kernels(a.kernels)
     check_files(a)
     for name in ("threshold", "overlap", "batch"):
-        value = getattr(a, name)
-        try:
-            value is None or check_value(OPTIONS[name], value)
-        except ValueError as e:
-            raise UserError(f"--{name} {e}") from None
+        if getattr(a, name) is not None:
+            try:
+                check_value(FIELDS[name], getattr(a, name))
+            except ValueError as e:
+                raise UserError(f"--{name} {e}") from None
     if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
         raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
     if a.device.startswith("cuda") and not torch.cuda.is_available():

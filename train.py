@@ -25,10 +25,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
+from nibabel.affines import voxel_sizes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -103,7 +104,8 @@ def build_model(c: Config) -> nn.Module:
     torch.manual_seed(c.seed)
     try:
         model = c.build_model()
-        model.check_input((c.batch, 2, *c.patch))
+        check_input: Any = model.check_input
+        check_input((c.batch, 2, *c.patch))
         return model
     except ValueError as e:
         patch = " ".join(map(str, c.patch))
@@ -112,12 +114,12 @@ def build_model(c: Config) -> nn.Module:
 
 def build_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Adam, AdamW, or SGD with Nesterov momentum 0.99."""
-    options = dict(lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    weights, lr, decay = model.parameters(), c.lr, c.weight_decay
     if c.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=0.99, nesterov=True, **options)
+        return torch.optim.SGD(weights, lr, 0.99, weight_decay=decay, nesterov=True, fused=True)
     if c.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options)
-    return torch.optim.Adam(model.parameters(), **options)
+        return torch.optim.AdamW(weights, lr, weight_decay=decay, fused=True)
+    return torch.optim.Adam(weights, lr, weight_decay=decay, fused=True)
 
 
 def learning_rate(c: Config, t: float) -> float:
@@ -146,7 +148,7 @@ class Run:
         self.folder = Path(c.out)
         self.device = parallel.start(c.device)
         layout = torch.channels_last_3d if c.channels_last else torch.contiguous_format
-        self.model = build_model(c).to(self.device, memory_format=layout)
+        self.model = build_model(c).to(self.device, memory_format=layout)  # type: ignore
         self.ema_model = self.model  # what is validated and saved
         if c.ema:
             self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
@@ -288,7 +290,8 @@ class Run:
         self.scaler.update()
         if c.ema:
             decay = min(c.ema, (1 + self.step) / (10 + self.step))  # forget the start quickly
-            torch._foreach_lerp_(self.ema_tensors, self.model_tensors, 1 - decay)
+            lerp = torch._foreach_lerp_  # type: ignore
+            lerp(self.ema_tensors, self.model_tensors, 1 - decay)
         numbers = torch.stack([loss.detach(), *parts.values(), norm])
         numbers = parallel.mean(numbers.double()).tolist()  # one transfer from the GPU
         return dict(zip(["loss", *parts, "grad_norm"], numbers)) | {"lr": lr}
@@ -302,7 +305,7 @@ class Run:
             workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
         return DataLoader(
             self.patches,
-            batch_sampler=[range(start, start + self.c.batch) for start in starts],
+            batch_sampler=[list(range(start, start + self.c.batch)) for start in starts],
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_interrupts,
@@ -433,7 +436,7 @@ class Run:
             "images": image.cpu().numpy(),
             "truth": true_mask(case.array("label"), row["target"]),
             "pred": prob[0] >= c.threshold,
-            "spacing": nib.affines.voxel_sizes(case.affine),
+            "spacing": voxel_sizes(case.affine),
             "reconstructions": reconstruct(self.ema_model, image, c.patch, c.overlap, c.batch),
         }
 
@@ -500,7 +503,7 @@ def prepare_folder(c: Config) -> None:
 
 def main(argv: list[str]) -> None:
     """Options -> a trained network in its run folder. Raises UserError for what users can fix."""
-    c = parse_config(argv, __doc__.splitlines()[0])
+    c = parse_config(argv, "Train a Mirror U-Net or a baseline on PET/CT or brain MR.")
     with torch.device("meta"):  # without memory: refuse what cannot be built before reading data
         build_model(c)
     parallel.start(c.device)

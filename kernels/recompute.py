@@ -25,7 +25,7 @@ def recomputable(make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         def again() -> Tensor:
             return make(*[source() for source in sources])
 
-        y.again = again
+        y.again = again  # type: ignore
     return y
 
 
