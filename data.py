@@ -1,4 +1,4 @@
-"""From NIfTI files to preprocessed studies: find the cases -> preprocess once into a cache -> folds.
+"""From NIfTI files to preprocessed studies: find cases -> preprocess once into a cache -> folds.
 
     find_petct, find_brain      a folder in AutoPET or MSD Task01 layout -> [Case]
     build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase],
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import from_matvec, voxel_sizes
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nibabel.processing import resample_from_to
 from scipy import ndimage
@@ -34,10 +35,10 @@ from files import (
 )
 
 
-# ------------------------------------------------------------------------------------------------------ files -> cases
+# --------------------------------------------------------------------------------- files -> cases
 @dataclass(frozen=True)
 class Case:
-    """One study on disk. `images`: petct (CT or None, PET) files; brain (one file of four channels,), or (T2w, FLAIR) files."""
+    """One study. images: (CT or None, PET); brain: (file of all channels,) or (T2w, FLAIR)."""
 
     name: str
     patient: str
@@ -46,69 +47,79 @@ class Case:
     channels: tuple[int, ...] = ()  # brain, one file: which channels are T2w and FLAIR
     roles: tuple[tuple[int, str], ...] = ()  # brain: label code -> "edema" | "core"
 
+    def files(self) -> list[Path]:
+        """The files of this study that exist."""
+        return [path for path in (*self.images, self.label) if path and path.exists()]
+
 
 def find_petct(root, complete: bool = True) -> list[Case]:
-    """Studies in AutoPET layout: SUV.nii.gz with CTres.nii.gz and SEG.nii.gz beside it, at any depth below root.
+    """Find the studies in AutoPET layout: folders with SUV, CTres and SEG.nii.gz, at any depth.
 
-    The patient of PATIENT/STUDY/SUV.nii.gz is PATIENT; a study right below root is a patient of its own. A case's name is its
-    path below root, with "__" for "/". Raises UserError where there are none or a file is missing; with complete=False, for
-    prediction, CT and truth may be, and are None then.
+    A case's name is its path below root, with "__" for "/". The patient of PATIENT/STUDY is
+    PATIENT; a study directly below root is a separate patient. With complete=False, for
+    prediction, CT and truth may be missing, and are then None. Raises UserError if there are no
+    studies or, with complete=True, if a file is missing.
     """
     root = Path(root)
+    walk = os.walk(root, followlinks=True)  # Path.rglob does not follow symbolic links
+    folders = sorted(Path(path) for path, _, files in walk if "SUV.nii.gz" in files)
+    if not folders:
+        layout = "expected AutoPET's layout, PATIENT/STUDY/SUV.nii.gz"
+        raise UserError(f"{root}: no SUV.nii.gz at any depth; {layout}")
     cases = []
-    folders = (Path(path) for path, _, files in os.walk(root, followlinks=True) if "SUV.nii.gz" in files)  # rglob follows no links
-    for folder in sorted(folders):
-        suv = folder / "SUV.nii.gz"
-        ct, seg = folder / "CTres.nii.gz", folder / "SEG.nii.gz"
-        for path in (ct, seg):
-            if complete and not path.exists():
-                raise UserError(f"{path}: missing, though {suv.name} lies beside it; a study needs SUV, CTres and SEG")
+    for folder in folders:
+        suv, ct, seg = (folder / f"{name}.nii.gz" for name in ("SUV", "CTres", "SEG"))
+        missing = [path for path in (ct, seg) if not path.exists()]
+        if missing and complete:
+            raise UserError(f"{missing[0]}: missing; a study needs SUV, CTres and SEG")
+        ct, seg = (None if path in missing else path for path in (ct, seg))
         parts = folder.relative_to(root).parts or (root.resolve().name,)
         patient = "__".join(parts[:-1] or parts)
-        ct, seg = (path if path.exists() else None for path in (ct, seg))
         cases.append(Case("__".join(parts), patient, (ct, suv), seg))
-    if not cases:
-        raise UserError(f"{root}: no SUV.nii.gz at any depth; expected AutoPET's layout, PATIENT/STUDY/SUV.nii.gz")
     return cases
 
 
 def find_brain(root) -> list[Case]:
-    """Cases in MSD Task01 layout: root/dataset.json with "training": [{"image", "label"}], images of four channels.
+    """Find the cases in MSD Task01 layout: root/dataset.json lists images of four channels.
 
-    Channels and label codes are read from dataset.json's own names; without names they are MSD's (FLAIR, T1w, T1gd, T2w; 1 edema,
-    2 and 3 core), or BraTS's (1 and 4 core, 2 edema) if a code 4 occurs. Raises UserError.
+    Its names of channels ("modality") and of label codes ("labels") are used. Without names they
+    are MSD's: channels FLAIR, T1w, T1gd, T2w; codes 1 edema, 2 and 3 core; or BraTS's codes if a
+    4 occurs: 1 and 4 core, 2 edema. Raises UserError if the file is missing or not of this form.
     """
     path = Path(root) / "dataset.json"
     try:
         meta = json.loads(path.read_text())
-        entries = [(path.parent / e["image"], path.parent / e["label"]) for e in meta["training"]]
+        files = [(path.parent / e["image"], path.parent / e["label"]) for e in meta["training"]]
         names = {str(v).lower(): int(k) for k, v in meta.get("modality", {}).items()}
-        labels = {int(code): str(name).lower() for code, name in meta.get("labels", {}).items()}
+        labels = {int(code): str(v).lower() for code, v in meta.get("labels", {}).items()}
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: missing; expected the Medical Segmentation Decathlon's layout") from None
+        raise UserError(f"{path}: missing; expected the layout of MSD Task01") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path}: not a dataset.json with "training": [{{"image": ..., "label": ...}}] ({e!r})') from None
-    if not entries:
+        form = '"training": [{"image": ..., "label": ...}]'
+        raise UserError(f"{path}: not a dataset.json with {form} ({e!r})") from None
+    if not files:
         raise UserError(f'{path}: "training" lists no cases')
     flair = [k for name, k in names.items() if "flair" in name]
     t2w = [k for name, k in names.items() if "t2" in name and "flair" not in name]
     if names and not (flair and t2w):
         raise UserError(f'{path}: "modality" names no T2w and FLAIR among {sorted(names)}')
     channels = (t2w[0], flair[0]) if names else (3, 0)
-    roles = tuple(
-        (code, "edema" if "edema" in name else "core")
-        for code, name in labels.items()
-        if code and any(word in name for word in ("edema", "tumo", "core", "enhanc", "necro"))
-    )
-    roles = roles if "edema" in dict(roles).values() else ()
-    stem = {image: image.name.split(".nii")[0] for image, _ in entries}
-    return [Case(stem[image], stem[image], (image,), label, channels, roles) for image, label in entries]
+    roles = {}
+    for code, name in labels.items():
+        if code and any(w in name for w in ("edema", "tumo", "core", "enhanc", "necro")):
+            roles[code] = "edema" if "edema" in name else "core"
+    roles = tuple(roles.items()) if "edema" in roles.values() else ()
+    cases = []
+    for image, label in files:
+        name = image.name.split(".nii")[0]
+        cases.append(Case(name, name, (image,), label, channels, roles))
+    return cases
 
 
-# ------------------------------------------------------------------------------------------------------- preprocessing
+# ---------------------------------------------------------------------------------- preprocessing
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a volume becomes a network's input. Defaults: the paper's AutoPET preprocessing; `BRAIN_PREPROCESSING` is the brain's."""
+    """How a volume becomes a network's input. The defaults are the paper's for AutoPET."""
 
     task: str = "petct"  # "petct" | "brain"
     spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)  # mm
@@ -116,233 +127,286 @@ class Preprocessing:
     ct_window: tuple[float, float] = (-100.0, 250.0)  # HU -> [0, 1]
     suv_window: tuple[float, float] = (0.0, 15.0)  # SUV -> [0, 1]
 
+    def resample(self, image: nib.Nifti1Image) -> nib.Nifti1Image:
+        """Bring an image to the orientation and the spacing of the network's input."""
+        return to_grid(image, self.orientation, self.spacing)
+
 
 BRAIN_PREPROCESSING = Preprocessing(task="brain", spacing=(1.0, 1.0, 1.0), orientation="RAS")
 
 
 def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Image:
-    """Turn the axes to `orientation`, then resample trilinearly to `spacing` (mm); an oblique image stays oblique.
+    """Reorder the axes to `orientation`, then resample trilinearly to `spacing` (mm).
 
-    The new voxels cover the same field of view: their outer faces, not their centres, are aligned. A spacing that is equal to 0.1 %
-    is left as it is.
+    The field of view stays: the outer faces of the two volumes are aligned, not the centers of
+    their first voxels. An oblique image stays oblique. A spacing that is right to 0.1 % is kept.
     """
     turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(orientation))
     image = image.as_reoriented(turn)
-    old = np.array(nib.affines.voxel_sizes(image.affine))
+    old = np.array(voxel_sizes(image.affine))
     if np.allclose(old, spacing, rtol=1e-3):
         return image
     shape = np.maximum(1, np.round(np.array(image.shape) * old / spacing)).astype(int)
-    step = np.asarray(spacing) / old  # new voxels in units of old ones
-    first = (np.array(image.shape) - 1) / 2 - step * (shape - 1) / 2  # both grids share their centre
-    affine = image.affine @ nib.affines.from_matvec(np.diag(step), first)
-    return resample_from_to(image, (tuple(int(s) for s in shape), affine), order=1, mode="nearest")
+    step = np.asarray(spacing) / old  # a new voxel's size in old voxels
+    first = (np.array(image.shape) - 1) / 2 - step * (shape - 1) / 2  # the centers coincide
+    affine = image.affine @ from_matvec(np.diag(step), first)
+    grid = (tuple(int(s) for s in shape), affine)
+    return resample_from_to(image, grid, order=1, mode="nearest")
+
+
+def load_images(case: Case, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """Read the network's input, cropped to the bounding box of PET > 0 (brain: of the brain).
+
+    Returns the image (2, D, H, W), float32: CT and PET, without a CT file (1, D, H, W), PET alone;
+    brain: T2w and FLAIR; the affine (4, 4) of the cropped grid; and the slices of the crop. Raises
+    UserError if the files cannot be read, differ in their grids or hold unexpected values.
+    """
+    load = _load_brain if preprocessing.task == "brain" else _load_petct
+    data, mask, affine = load(case, preprocessing)
+    everything = tuple(slice(0, n) for n in mask.shape)
+    box = (ndimage.find_objects(mask.astype(np.uint8)) or [everything])[0]
+    corner = from_matvec(np.eye(3), [edge.start for edge in box])
+    cropped = data[(slice(None), *box)].astype(np.float32, copy=False)
+    return cropped, affine @ corner, box
+
+
+def _load_petct(case: Case, preprocessing: Preprocessing) -> tuple:
+    """Return the channels (2 or 1, D, H, W), the mask PET > 0 (D, H, W) and the affine (4, 4)."""
+    suv = read_nifti(case.images[1])
+    if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
+        advice = "divide by injected dose per body weight first"
+        raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; {advice}")
+    pet = preprocessing.resample(suv)
+    channels = [_window(pet, *preprocessing.suv_window)]
+    if case.images[0]:
+        ct = read_nifti(case.images[0])
+        same_grid(ct, suv, case.images[0], case.images[1])
+        ct = nib.Nifti1Image(ct.dataobj, suv.affine)  # equal but for rounding: resample alike
+        channels.insert(0, _window(preprocessing.resample(ct), *preprocessing.ct_window))
+    return np.stack(channels), channels[-1] > 0, pet.affine
+
+
+def _load_brain(case: Case, preprocessing: Preprocessing) -> tuple:
+    """Return the channels (2, D, H, W), the mask of the brain (D, H, W) and the affine (4, 4)."""
+    if len(case.images) == 2:
+        pair = [read_nifti(path) for path in case.images]
+        same_grid(pair[0], pair[1], case.images[0], case.images[1])
+    else:
+        image = read_nifti(case.images[0], ndim=4)
+        if image.shape[3] <= max(case.channels):
+            problem = f"{image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}"
+            raise UserError(f"{case.images[0]}: {problem}")
+        pair = [image.slicer[..., c] for c in case.channels]
+    pair = [nib.Nifti1Image(image.dataobj, pair[0].affine) for image in pair]
+    pair = [preprocessing.resample(image) for image in pair]
+    data = np.stack([_z_score(image.get_fdata(dtype=np.float32)) for image in pair])
+    return data, (data != 0).any(0), pair[0].affine
 
 
 def _window(image: nib.Nifti1Image, low: float, high: float) -> np.ndarray:
+    """Map the intensities low..high to 0..1 and clip."""
     return np.clip((image.get_fdata(dtype=np.float32) - low) / (high - low), 0, 1)
 
 
-def load_images(case: Case, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
-    """The network's input (2, D, H, W) float32 on the preprocessing's grid, cropped to the patient; that grid's affine; the crop's slices.
-
-    The crop is the bounding box of PET > 0 (brain: of any non-zero channel). Without a CT file (None) PET is all: (1, D, H, W).
-    """
-    if preprocessing.task == "brain":
-        if len(case.images) == 2:
-            pair = [read_nifti(path) for path in case.images]
-            same_grid(*pair, *case.images)
-        else:
-            image = read_nifti(case.images[0], ndim=4)
-            if image.shape[3] <= max(case.channels):
-                raise UserError(f"{case.images[0]}: {image.shape[3]} channels, but T2w and FLAIR are numbers {case.channels}")
-            pair = [image.slicer[..., c] for c in case.channels]
-        grids = [to_grid(nib.Nifti1Image(p.dataobj, pair[0].affine), preprocessing.orientation, preprocessing.spacing) for p in pair]
-        data, grid = np.stack([_z_score(g.get_fdata(dtype=np.float32)) for g in grids]), grids[0]
-        inside = (data != 0).any(0)
-    else:
-        suv = read_nifti(case.images[1])
-        if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
-            raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; divide by injected dose per body weight first")
-        grid = to_grid(suv, preprocessing.orientation, preprocessing.spacing)
-        channels = [_window(grid, *preprocessing.suv_window)]
-        if case.images[0]:
-            ct = read_nifti(case.images[0])
-            same_grid(ct, suv, *case.images)
-            ct = nib.Nifti1Image(ct.dataobj, suv.affine)  # equal up to rounding; the new grids must be equal
-            channels.insert(0, _window(to_grid(ct, preprocessing.orientation, preprocessing.spacing), *preprocessing.ct_window))
-        data, inside = np.stack(channels), channels[-1] > 0
-    box = (ndimage.find_objects(inside.astype(np.uint8)) or [tuple(slice(0, n) for n in inside.shape)])[0]
-    corner = nib.affines.from_matvec(np.eye(3), [edge.start for edge in box])
-    return data[(slice(None), *box)].astype(np.float32, copy=False), grid.affine @ corner, box
-
-
 def _z_score(data: np.ndarray) -> np.ndarray:
-    """(x - mean) / sd of the non-zero voxels, which are the brain; the rest stays 0."""
+    """(x - mean) / sd over the non-zero voxels, which are the brain; the others stay 0."""
     brain = data != 0
     values = data[brain] if brain.any() else np.ones(1)
-    mean, sd = values.mean(dtype=np.float64), values.std(dtype=np.float64)
-    return np.where(brain & (sd > 1e-6 * abs(mean)), (data - mean) / max(sd, 1e-8), 0).astype(np.float32)
+    mean = values.mean(dtype=np.float64)
+    sd = values.std(dtype=np.float64)
+    varies = sd > 1e-6 * abs(mean)  # else the channel is constant, but for rounding
+    return np.where(brain & varies, (data - mean) / max(sd, 1e-8), 0).astype(np.float32)
 
 
 def read_label(case: Case) -> nib.Nifti1Image:
-    """Labels on the image's own grid: petct 0/1; brain 0, 1 edema, 2 core, whatever the file's own codes."""
-    image, like = read_nifti(case.label), read_header(case.images[-1])
+    """Read the labels on the image's own grid as uint8: PET/CT 0, 1; brain 0, 1 edema, 2 core.
+
+    Raises UserError for unexpected codes, and if the grid is not the image's.
+    """
+    image = read_nifti(case.label)
+    like = read_header(case.images[-1])
     same_grid(image, like, case.label, case.images[-1])
-    image = nib.Nifti1Image(image.dataobj, like.affine)  # equal up to rounding
     data = image.get_fdata(dtype=np.float32)
     codes = [int(c) if c == int(c) else float(c) for c in np.unique(data) if c]
+    found = f"found {[0, *codes]}"
     if not case.channels:  # PET/CT
         if codes not in ([], [1]):
-            raise UserError(f"{case.label}: expected labels 0 and 1, found {[0, *codes]}; write tumor as 1 and all else as 0")
-        return nib.Nifti1Image(data.astype(np.uint8), image.affine)
+            advice = "write tumor as 1 and all else as 0"
+            raise UserError(f"{case.label}: expected labels 0 and 1, {found}; {advice}")
+        return nib.Nifti1Image(data.astype(np.uint8), like.affine)
     if not set(codes) <= {1, 2, 3, 4} or {3, 4} <= set(codes):
-        raise UserError(f"{case.label}: expected labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS), found {[0, *codes]}; rename them")
-    bare = {1: "core", 2: "edema"} if 4 in codes else {1: "edema", 2: "core", 3: "core"}
-    roles = {4: "core"} | (dict(case.roles) or bare)  # code 4 is the enhancing core wherever it occurs
-    out = np.zeros(data.shape, np.uint8)
-    for code in codes:
-        out[data == code] = 1 if roles.get(code, "core") == "edema" else 2
-    return nib.Nifti1Image(out, image.affine)
+        expected = "labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS)"
+        raise UserError(f"{case.label}: expected {expected}, {found}; rename them")
+    named = [code for code, role in case.roles if role == "edema"]
+    edema = named or ([2] if 4 in codes else [1])  # BraTS's code, MSD's
+    out = np.where(np.isin(data, edema), 1, np.where(data > 0, 2, 0))
+    return nib.Nifti1Image(out.astype(np.uint8), like.affine)
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
-CACHE_VERSION = 2  # raise it when `preprocess` changes, so that older entries are not taken for new ones
+def label_to_grid(truth: nib.Nifti1Image, preprocessing: Preprocessing, box: tuple) -> np.ndarray:
+    """Resample `read_label`'s labels to the cropped grid of `load_images`: (D, H, W), uint8.
+
+    Each code is resampled as a soft mask; the largest wins where they sum to at least one half.
+    """
+    codes = (1,) if preprocessing.task == "petct" else (1, 2)
+    labels = np.asarray(truth.dataobj)
+    masks = [nib.Nifti1Image((labels == c).astype(np.float32), truth.affine) for c in codes]
+    masks = [preprocessing.resample(m).get_fdata(dtype=np.float32)[box] for m in masks]
+    masks = np.stack(masks)  # (number of codes, D, H, W)
+    return np.where(masks.sum(0) >= 0.5, masks.argmax(0) + 1, 0).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------ cache
+CACHE_VERSION = 2  # increase it when `preprocess` changes: older entries are then ignored
 
 
 @dataclass
 class CachedCase:
-    """One preprocessed study. The arrays are memory-mapped: a patch reads its own bytes and no more."""
+    """One preprocessed study. Its arrays are memory-mapped: a patch reads only its own bytes."""
 
     name: str
     patient: str
     folder: Path
-    tumor: bool  # any foreground in the truth
+    tumor: bool  # whether the truth has any foreground
     affine: np.ndarray  # (4, 4) of the cached grid
     case: Case
 
     def array(self, name: str) -> np.ndarray:
-        """ "image" (2, D, H, W) float16 | "label" (D, H, W) uint8 | "foreground" (N, 3) int16 voxels of the tumor."""
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")  # anew each time: a map that is kept holds a file open
+        """Map "image" (2, D, H, W), float16; "label" (D, H, W), uint8; or "foreground" (N, 3),
+        int16, the indices of the tumor's voxels."""
+        path = self.folder / f"{name}.npy"
+        return np.load(path, mmap_mode="r")  # not kept: every open map holds a file descriptor
 
 
 def _fingerprint(case: Case, preprocessing: Preprocessing) -> str:
-    """Changes when the preprocessing or one of the files does."""
-    files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (*case.images, case.label) if p.exists()]
-    text = json.dumps([CACHE_VERSION, asdict(preprocessing), files, case.channels, case.roles])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """A hash that changes if the preprocessing or one of the files changes."""
+    files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in case.files()]
+    content = [CACHE_VERSION, asdict(preprocessing), files, case.channels, case.roles]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def preprocess(case: Case, preprocessing: Preprocessing) -> dict:
-    """Read one study and bring it to the network's grid: {"image", "label", "foreground", "affine", "tumor"}.
+    """Read one study on the network's grid: `CachedCase.array`'s arrays, "affine" and "tumor".
 
-    "tumor" is that of the file: resampling may lose a tiny one.
+    "tumor" is taken from the file, as resampling may lose a tiny one. Raises UserError.
     """
     image, affine, box = load_images(case, preprocessing)
     truth = read_label(case)
     label = label_to_grid(truth, preprocessing, box)
     foreground = np.argwhere(label > 0).astype(np.int16)
-    tumor = bool(np.any(truth.dataobj))
-    return {"image": image.astype(np.float16), "label": label, "foreground": foreground, "affine": affine, "tumor": tumor}
-
-
-def label_to_grid(truth: nib.Nifti1Image, preprocessing: Preprocessing, box: tuple[slice, ...]) -> np.ndarray:
-    """`read_label`'s labels on `load_images`' grid, (D, H, W) uint8: resampled as soft masks, the largest wins."""
-    codes = (1,) if preprocessing.task == "petct" else (1, 2)
-    soft = [nib.Nifti1Image((np.asarray(truth.dataobj) == c).astype(np.float32), truth.affine) for c in codes]
-    soft = np.stack([to_grid(s, preprocessing.orientation, preprocessing.spacing).get_fdata(dtype=np.float32)[box] for s in soft])
-    return np.where(soft.sum(0) >= 0.5, soft.argmax(0) + 1, 0).astype(np.uint8)
+    arrays = {"image": image.astype(np.float16), "label": label, "foreground": foreground}
+    return arrays | {"affine": affine, "tumor": bool(np.any(truth.dataobj))}
 
 
 def _cache_one(job: tuple[Case, Preprocessing, Path]) -> None:
-    """Preprocess one study; the entry is whole or not there. Where another process was faster, its entry is as good."""
+    """Preprocess one study and write its entry atomically; an entry that exists by then stays."""
     case, preprocessing, folder = job
-    arrays = preprocess(case, preprocessing)
+    entry = preprocess(case, preprocessing)
+    meta = {"affine": entry["affine"].tolist(), "tumor": entry["tumor"]}
     with atomic_write(folder) as part:
         part.mkdir()
         for name in ("image", "label", "foreground"):
-            np.save(part / f"{name}.npy", np.ascontiguousarray(arrays[name]))
-        (part / "case.json").write_text(json.dumps({"affine": arrays["affine"].tolist(), "tumor": arrays["tumor"]}))
+            np.save(part / f"{name}.npy", np.ascontiguousarray(entry[name]))
+        (part / "case.json").write_text(json.dumps(meta))
 
 
 def refuse_duplicates(cases: list[Case]) -> None:
-    """UserError where two cases bear one name, or hold the same files: one study would be trained on and validated on."""
-    seen: dict[object, Path] = {}
+    """Raise UserError if two cases have one name or the same files: folds could separate them."""
+    seen = {}
     for case in cases:
-        glances = tuple(glance(path) for path in (*case.images, case.label) if path and path.exists())
-        for key, what in ((case.name, f"case {case.name} occurs twice"), (glances, "one study under two names")):
+        image = case.images[-1]
+        files = tuple(glance(path) for path in case.files())
+        keys = {case.name: f"case {case.name} occurs twice", files: "one study under two names"}
+        for key, problem in keys.items():
             if key and key in seen:
-                raise UserError(f"{what}: {seen[key]} and {case.images[-1]}; remove one of the two")
-            seen[key] = case.images[-1]
+                raise UserError(f"{problem}: {seen[key]} and {image}; remove one of the two")
+            seen[key] = image
 
 
-def build_cache(cases: list[Case], preprocessing: Preprocessing, cache, workers: int | None = None) -> list[CachedCase]:
-    """Preprocess every case that the cache does not hold yet; an entry is made anew when its files or the preprocessing change.
+def build_cache(
+    cases: list[Case], preprocessing: Preprocessing, cache, workers: int | None = None
+) -> list[CachedCase]:
+    """Preprocess the cases that are not in the cache, or whose files or preprocessing changed.
 
-    Args: cache: folder for the entries, about 5 bytes a voxel of the preprocessing's grid. workers: processes, default one a core.
-    Raises UserError for unreadable data, and for two cases of one name.
+    cache: a folder; an entry takes about 5 bytes per voxel of the network's grid. workers: number
+    of processes, by default one per core. Raises UserError for unusable data and duplicates.
     """
     cache = Path(cache)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     clean_parts(cache)
     refuse_duplicates(cases)
-    folders = [cache / f"{c.name}-{_fingerprint(c, preprocessing)}" for c in cases]
-    jobs = [(c, preprocessing, f) for c, f in zip(cases, folders) if not (f / "case.json").exists()]
+    folders = [cache / f"{case.name}-{_fingerprint(case, preprocessing)}" for case in cases]
+    pairs = list(zip(cases, folders))
+    jobs = [(c, preprocessing, f) for c, f in pairs if not (f / "case.json").exists()]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
-    bar = {"total": len(jobs), "desc": "preprocessing", "unit": "case", "disable": not jobs}
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            list(tqdm(pool.map(_cache_one, jobs), **bar))
-    else:
-        list(tqdm(map(_cache_one, jobs), **bar))
+    with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is used
+        run = pool.map if workers > 1 else map
+        list(tqdm(run(_cache_one, jobs), "preprocessing", len(jobs), unit="case", disable=not jobs))
     out = []
-    for case, folder in zip(cases, folders):
+    for case, folder in pairs:
         meta = json.loads((folder / "case.json").read_text())
-        out.append(CachedCase(case.name, case.patient, folder, meta["tumor"], np.array(meta["affine"]), case))
+        affine = np.array(meta["affine"])
+        out.append(CachedCase(case.name, case.patient, folder, meta["tumor"], affine, case))
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------- folds
+# ------------------------------------------------------------------------------------------ folds
 def make_folds(cases, k: int = 5, seed: int = 0) -> list[dict[str, list[str]]]:
-    """k folds in nnU-Net's form, [{"train": names, "val": names}]: studies of a patient stay together, and each fold gets its share
-    of the patients with a tumor. Raises UserError for fewer patients than folds."""
-    patients: dict[str, list] = {}
-    for case in cases:
-        patients.setdefault(case.patient, []).append(case)
+    """Divide the cases into k folds in nnU-Net's form, [{"train": names, "val": names}].
+
+    Studies of a patient stay together; patients with a tumor are spread evenly over the folds.
+    Raises UserError unless 2 <= k <= number of patients.
+    """
+    patients = sorted({case.patient for case in cases})
     if not 2 <= k <= len(patients):
-        raise UserError(f"{k} folds of {len(patients)} patient(s): the number of folds must lie between 2 and that of the patients")
-    names = sorted(patients)
-    np.random.default_rng([seed, 0xF01D]).shuffle(names)
-    ill_first = sorted(names, key=lambda p: not any(c.tumor for c in patients[p]))  # stable: the shuffle stays within each group
-    fold_of = {patient: i % k for i, patient in enumerate(ill_first)}
-    val = [sorted(c.name for c in cases if fold_of[c.patient] == f) for f in range(k)]
-    return [{"train": sorted(c.name for c in cases if fold_of[c.patient] != f), "val": v} for f, v in enumerate(val)]
+        limits = "give at least 2 folds and at most one per patient"
+        raise UserError(f"{k} folds of {len(patients)} patient(s): {limits}")
+    np.random.default_rng([seed, 0xF01D]).shuffle(patients)
+    positive = {case.patient for case in cases if case.tumor}
+    patients.sort(key=lambda p: p not in positive)  # stable: each group stays shuffled
+    fold_of = {patient: i % k for i, patient in enumerate(patients)}
+    folds = []
+    for i in range(k):
+        train = sorted(case.name for case in cases if fold_of[case.patient] != i)
+        val = sorted(case.name for case in cases if fold_of[case.patient] == i)
+        folds.append({"train": train, "val": val})
+    return folds
 
 
 def read_splits(path, cases) -> list[dict[str, list[str]]]:
-    """The user's own folds: a JSON list of {"train": [...], "val": [...]}; a name is a case's or a patient's.
+    """Read the user's own folds: a JSON list of {"train": names, "val": names}.
 
-    Raises UserError for names the data does not hold and for patients on both sides of a fold.
+    A name is a case's or a patient's; the names of the cases are returned. Raises UserError for
+    another format, unknown names, an empty side of a fold, and a patient on both sides.
     """
     try:
-        splits = json.loads(Path(path).read_text())
-        splits = [{side: [str(name) for name in fold[side]] for side in ("train", "val")} for fold in splits]
-        if not splits:
-            raise ValueError("no folds")
+        folds = json.loads(Path(path).read_text())
+        folds = [{side: list(map(str, f[side])) for side in ("train", "val")} for f in folds]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{path}: expected a JSON list of {{"train": [names], "val": [names]}} ({e!r})') from None
-    of = {c.patient: [d.name for d in cases if d.patient == c.patient] for c in cases} | {c.name: [c.name] for c in cases}
-    patient = {c.name: c.patient for c in cases}
-    for i, fold in enumerate(splits):
-        unknown = [n for side in fold.values() for n in side if n not in of]
+        form = '{"train": [names], "val": [names]}'
+        raise UserError(f"{path}: expected a JSON list of {form} ({e!r})") from None
+    if not folds:
+        raise UserError(f"{path}: no folds")
+    patient_of = {case.name: case.patient for case in cases}
+    cases_of: dict[str, list[str]] = {}  # the name of a patient or a case -> names of cases
+    for case in cases:
+        cases_of.setdefault(case.patient, []).append(case.name)
+    cases_of |= {name: [name] for name in patient_of}
+    for i, fold in enumerate(folds):
+        unknown = [name for name in fold["train"] + fold["val"] if name not in cases_of]
         if unknown:
-            raise UserError(f"{path}: fold {i} names {unknown[:3]}, which the data does not hold (it has {list(patient)[:3]}, ...)")
-        fold |= {side: sorted({name for n in names for name in of[n]}) for side, names in fold.items()}
-        both = {patient[n] for n in fold["train"]} & {patient[n] for n in fold["val"]}
-        if both:
-            raise UserError(f"{path}: fold {i} has {sorted(both)[:3]} in training and validation: scores would be too good")
-        if not fold["train"] or not fold["val"]:
+            problem = f"fold {i} names {unknown[:3]}, which the data does not hold"
+            raise UserError(f"{path}: {problem} (it has {list(patient_of)[:3]}, ...)")
+        for side, names in fold.items():
+            fold[side] = sorted({case for name in names for case in cases_of[name]})
+        train = {patient_of[name] for name in fold["train"]}
+        val = {patient_of[name] for name in fold["val"]}
+        if train & val:
+            problem = f"fold {i} has {sorted(train & val)[:3]} in training and validation"
+            raise UserError(f"{path}: {problem}: scores would be too good")
+        if not train or not val:
             raise UserError(f"{path}: fold {i} has an empty side")
-    return splits
+    return folds

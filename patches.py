@@ -19,7 +19,7 @@ from files import UserError
 
 
 def random_stream(*key: int) -> np.random.Generator:
-    """A counter-based generator: its numbers depend on the key alone."""
+    """A counter-based generator whose numbers depend only on the key (its low 32 bits each)."""
     seed = np.random.SeedSequence([k & 0xFFFFFFFF for k in key])
     return np.random.Generator(np.random.Philox(seed))
 
@@ -43,12 +43,12 @@ def corrupt_ct(
         return image
     ct = image[:, 0:1]
     if how == "noise":
-        streams = [random_stream(3, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
+        streams = [random_stream(3, k, k >> 32) for k in keys.tolist()]
         noise = np.stack([s.standard_normal(ct.shape[1:], np.float32) for s in streams])
         ct = ct + sigma * torch.from_numpy(noise).to(ct)
     elif how == "shuffle":
         size = min(size, *image.shape[2:])
-        streams = [random_stream(4, int(k) & 0xFFFFFFFF, int(k) >> 32) for k in keys]
+        streams = [random_stream(4, k, k >> 32) for k in keys.tolist()]
         room = np.array(image.shape[2:]) - size + 1
         corners = np.stack([s.integers(0, room, (cubes, 3)) for s in streams])  # (B, cubes, 3)
         ct = kernels.voxel_shuffle(ct, torch.from_numpy(corners), size, keys)
@@ -63,7 +63,7 @@ class Augmentation:
     """Probabilities and ranges. The paper's AutoPET recipe: flip 0.5, rotate 0.2, scale 0.2."""
 
     flip: float = 0.5  # probability, of each axis in `flip_axes`
-    flip_axes: tuple[int, ...] = (0, 1, 2)  # 0 is left-right: the one that bodies allow
+    flip_axes: tuple[int, ...] = (0, 1, 2)  # 0 is left-right, the symmetry of bodies
     rotate: float = 0.0  # probability of a rotation by up to `degrees` about one axis
     degrees: float = 30.0
     scale: float = 0.0  # probability of scaling by a factor within 1 +- `zoom`
@@ -76,19 +76,19 @@ class Augmentation:
 def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
     """Draw the parameters of one patch, to be applied by `read_patch`.
 
-    The number of draws is fixed, so switching one part off leaves the others as they are.
+    The number of draws is fixed: switching one part off does not change the others.
     """
     u = rng.random(12)
     angle = np.deg2rad(aug.degrees) * (2 * u[1] - 1) * (u[0] < aug.rotate)
     c, s = np.cos(angle), np.sin(angle)
-    turn = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    turn = np.roll(turn, int(3 * u[2]), axis=(0, 1))  # about a random axis, in mm
+    rotation = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])  # about axis 0, in mm
+    rotation = np.roll(rotation, int(3 * u[2]), axis=(0, 1))  # about a random axis
     zoom = 1 + aug.zoom * (2 * u[4] - 1) * (u[3] < aug.scale)
     active = u[8:10] < aug.intensity
     v = 2 * rng.random(4) - 1
     w = rng.random(4)
     return {
-        "matrix": turn / zoom,  # output offset -> input offset, mm
+        "matrix": rotation / zoom,  # output offset -> input offset, mm
         "flip": [axis for axis in aug.flip_axes if u[5 + axis] < aug.flip],
         "gain": 1 + aug.contrast * v[:2] * active,  # (2,), per channel
         "shift": aug.contrast * v[2:] * active,
@@ -97,7 +97,7 @@ def draw_augmentation(rng: np.random.Generator, aug: Augmentation) -> dict:
 
 
 def read_region(array: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """array[..., start : start + size] of the last three axes, zero outside the volume."""
+    """Read array[..., start : start + size] of the last three axes; 0 outside the volume."""
     start, size = np.asarray(start), np.asarray(size)
     low = np.maximum(start, 0)
     high = np.minimum(start + size, array.shape[-3:])
@@ -110,10 +110,11 @@ def read_region(array: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.nd
 
 
 def read_patch(case: CachedCase, center, size, params: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Read the patch around a voxel and augment it as `params` (`draw_augmentation`) says.
+    """Read the patch around a voxel and augment it with the `params` of `draw_augmentation`.
 
-    An unrotated patch stays inside the volume if it fits, else it is centered on it; voxels
-    outside are 0. Returns the image (2, *size), float32, and the label (*size), uint8.
+    Along each axis the patch, before its rotation, is moved inside the volume if it fits, else
+    centered on it; voxels outside are 0. Returns the image (2, *size), float32, and the label
+    (*size), uint8.
     """
     image, label = case.array("image"), case.array("label")
     size, shape = np.asarray(size), np.asarray(label.shape)
@@ -125,7 +126,7 @@ def read_patch(case: CachedCase, center, size, params: dict) -> tuple[np.ndarray
         image = read_region(image, start, size).astype(np.float32)
         label = read_region(label, start, size)
     else:
-        image, label = _read_turned(image, label, start, size, matrix)
+        image, label = _read_rotated(image, label, start, size, matrix)
     if params["flip"]:
         image = np.flip(image, tuple(1 + axis for axis in params["flip"])).copy()
         label = np.flip(label, tuple(params["flip"])).copy()
@@ -136,10 +137,10 @@ def read_patch(case: CachedCase, center, size, params: dict) -> tuple[np.ndarray
     return image * gain + shift, np.ascontiguousarray(label)
 
 
-def _read_turned(image, label, start, size, matrix) -> tuple[np.ndarray, np.ndarray]:
-    """The patch of `size` at `start`, turned and scaled about its center by `matrix` (voxels)."""
+def _read_rotated(image, label, start, size, matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Read a patch rotated and scaled about its center by `matrix` (output -> input, voxels)."""
     middle = start + (size - 1) / 2
-    reach = np.abs(matrix) @ ((size - 1) / 2)  # half the extent of the turned patch
+    reach = np.abs(matrix) @ ((size - 1) / 2)  # half the extent of the rotated patch
     low = np.floor(middle - reach).astype(int) - 1
     extent = np.ceil(middle + reach).astype(int) + 2 - low
     offset = middle - low - matrix @ ((size - 1) / 2)
@@ -156,9 +157,9 @@ def _read_turned(image, label, start, size, matrix) -> tuple[np.ndarray, np.ndar
 class PatchDataset(Dataset):
     """A list of training patches: item n is a pure function of (cases, options, seed, n).
 
-    Every round deals the cases in a new random order, `patches_per_case` patches in a row from
-    each. A patch is centered on a tumor voxel with probability `foreground_fraction` (2/3 is the
-    paper's 2:1), else on a voxel without tumor, as always in patients without tumor.
+    Every cycle visits the cases in a new random order and takes `patches_per_case` consecutive
+    patches from each. A patch is centered on a tumor voxel with probability `foreground_fraction`
+    (2/3 is the paper's 2:1), else, and always in patients without tumor, on a voxel without tumor.
 
     Item: a dict of "image" (2, D, H, W), float32; "label" (1, D, H, W), int64; "tumor", float32,
     whether the patch holds any; "key", int64, the seed of its corruption.
@@ -168,8 +169,12 @@ class PatchDataset(Dataset):
         self, cases: list[CachedCase], patch, length: int, seed=0, aug=Augmentation(),
         foreground_fraction=2 / 3, patches_per_case=1,
     ):
-        self.cases, self.patch, self.length, self.seed = cases, tuple(patch), length, seed
-        self.aug, self.foreground_fraction = aug, foreground_fraction
+        self.cases = cases
+        self.patch = tuple(patch)
+        self.length = length
+        self.seed = seed
+        self.aug = aug
+        self.foreground_fraction = foreground_fraction
         self.patches_per_case = patches_per_case
 
     def __len__(self) -> int:
@@ -178,8 +183,8 @@ class PatchDataset(Dataset):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         if not 0 <= n < self.length:
             raise IndexError(n)  # ends `for item in dataset`
-        deal, place = divmod(n // self.patches_per_case, len(self.cases))
-        order = random_stream(self.seed, 1, deal).permutation(len(self.cases))
+        cycle, place = divmod(n // self.patches_per_case, len(self.cases))
+        order = random_stream(self.seed, 1, cycle).permutation(len(self.cases))
         case = self.cases[order[place]]
         rng = random_stream(self.seed, 2, n)
         center = self._center(case, rng)
@@ -192,7 +197,7 @@ class PatchDataset(Dataset):
         }
 
     def _center(self, case: CachedCase, rng: np.random.Generator) -> np.ndarray:
-        """Draw a voxel of tumor, or one without (the last try if nearly everything is tumor)."""
+        """Draw a voxel of tumor, or one without: any voxel if 20 draws find only tumor."""
         foreground, label = case.array("foreground"), case.array("label")
         if rng.random() < self.foreground_fraction and len(foreground):
             return foreground[rng.integers(len(foreground))]
