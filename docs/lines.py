@@ -64,7 +64,7 @@ def split_readme() -> tuple[str, str, str]:
         raise SystemExit(f"README.md: the markers {START} and {END} are missing; put them back")
     before, _, rest = text.partition(START + "\n")
     inside, _, after = rest.partition(END)
-    return before, inside.rstrip("\n"), after
+    return before, inside.strip("\n"), after
 
 
 def unlisted() -> list[str]:
@@ -96,7 +96,7 @@ def main() -> None:
             raise SystemExit("\n".join([*found, "run: python docs/lines.py"]))
         return
     before, _, after = split_readme()
-    (ROOT / "README.md").write_text(f"{before}{START}\n{table()}\n{END}{after}")
+    (ROOT / "README.md").write_text(f"{before}{START}\n\n{table()}\n\n{END}{after}")
     print(table())
 
 
