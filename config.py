@@ -180,11 +180,9 @@ class Config:
     def build_model(self) -> nn.Module:
         """The network, freshly initialized from PyTorch's random state. Raises ValueError."""
         if self.model in TASKS[self.task]:
-            weight = self.ct_weight
-            weight = weight if weight == "learnable" else float(weight)
-            return MirrorUNet(
-                self.model, self.share, self.channels, self.norm, self.task, weight
-            )
+            learnable = self.ct_weight == "learnable"
+            weight = self.ct_weight if learnable else float(self.ct_weight)
+            return MirrorUNet(self.model, self.share, self.channels, self.norm, self.task, weight)
         return baselines.build(
             self.model, self.task, self.channels, self.norm, self.share,
             self.tasks, self.skips, self.patch, self.spacing,
@@ -319,19 +317,16 @@ def check(c: Config) -> None:
         raise UserError(f"{given}: these are options of --model joint, not of {c.model}")
     reconstructs = "ct" in c.network_tasks
     if c.corrupt in ("noise", "shuffle") and not reconstructs:
-        raise UserError(
-            f"--corrupt {c.corrupt}: {c.task} {c.model} reconstructs no CT; "
-            "leave it out, or use v1, v2 or v3 on PET/CT"
-        )
+        problem = f"--corrupt {c.corrupt}: {c.task} {c.model} reconstructs no CT"
+        raise UserError(f"{problem}; leave it out, or use v1, v2 or v3 on PET/CT")
     c.corrupt = c.corrupt or ("shuffle" if reconstructs else "none")
     if c.data in ("petct", "brain") and not c.root:
         raise UserError(f"--data {c.data} needs --root, the folder of the studies")
     for name in ("ct_window", "suv_window"):
         low, high = getattr(c, name)
         if not low < high:
-            raise UserError(
-                f"--{name.replace('_', '-')} {low:g} {high:g}: the first must be the smaller one"
-            )
+            pair = as_argument(name, (low, high))
+            raise UserError(f"{pair}: the first number must be the smaller one")
     if c.ct_weight != "learnable":
         try:
             ok = 0 <= float(c.ct_weight) <= 1
@@ -344,29 +339,23 @@ def check(c: Config) -> None:
 def choose_device(c: Config) -> None:
     """Turn --device auto into what this machine has, and refuse what it cannot run: UserError."""
     if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA "
-            "build of PyTorch"
-        )
+        advice = "use --device cpu, or install a CUDA build of PyTorch"
+        raise UserError(f"--device cuda: PyTorch sees no CUDA device here; {advice}")
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     use_kernels(c.kernels)
     if c.device != "cpu":
         return
     if c.kernels == "triton" and not kernels.INTERPRETED:
-        raise UserError(
-            "--kernels triton --device cpu: Triton kernels run on a GPU; use --device cuda, "
-            "or --kernels plain"
-        )
+        advice = "use --device cuda, or --kernels plain"
+        raise UserError(f"--kernels triton --device cpu: Triton kernels run on a GPU; {advice}")
     if c.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device; on CPU use --amp bf16 or off")
     if c.amp == "bf16" and c.patch[0] == 32:
         # Found in PyTorch 2.13: on CPU, the bfloat16 weight gradient of a 3^3 convolution on
         # (2, *, *) voxels reads memory that was never written.
-        raise UserError(
-            "--amp bf16 on a CPU needs a --patch whose first side is not 32, which meets a bug of "
-            "PyTorch's convolution"
-        )
+        problem = "a first side of 32 meets a bug of PyTorch's convolution"
+        raise UserError(f"--amp bf16 on a CPU: {problem}; use another --patch")
 
 
 def use_kernels(choice: str) -> None:
@@ -459,7 +448,6 @@ def read_config(path: Path) -> Config:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(
-            f"{path}: no run to resume here ({type(e).__name__}); name its folder with --out"
-        ) from None
+        why = type(e).__name__
+        raise UserError(f"{path}: no run to resume here ({why}); name it with --out") from None
     return Config.from_dict(values, path)

@@ -122,10 +122,10 @@ class Preprocessing:
     """How a volume becomes a network's input. The defaults are the paper's for AutoPET."""
 
     task: str = "petct"  # "petct" | "brain"
-    spacing: tuple[float, float, float] = (2.0, 2.0, 3.0)  # mm
+    spacing: tuple[float, ...] = (2.0, 2.0, 3.0)  # mm
     orientation: str = "LAS"
-    ct_window: tuple[float, float] = (-100.0, 250.0)  # HU -> [0, 1]
-    suv_window: tuple[float, float] = (0.0, 15.0)  # SUV -> [0, 1]
+    ct_window: tuple[float, ...] = (-100.0, 250.0)  # HU -> [0, 1]
+    suv_window: tuple[float, ...] = (0.0, 15.0)  # SUV -> [0, 1]
 
     def resample(self, image: nib.Nifti1Image) -> nib.Nifti1Image:
         """Bring an image to the orientation and the spacing of the network's input."""
@@ -142,7 +142,7 @@ def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Imag
     their first voxels. An oblique image stays oblique. A spacing that is right to 0.1 % is kept.
     """
     turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(orientation))
-    image = image.as_reoriented(turn)
+    image = image.as_reoriented(turn)  # type: ignore
     old = np.array(voxel_sizes(image.affine))
     if np.allclose(old, spacing, rtol=1e-3):
         return image

@@ -7,9 +7,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 
 
 class UserError(ValueError):
@@ -123,7 +125,7 @@ def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         data = image.get_fdata(dtype=np.float32)
     except Exception as e:  # nibabel, zlib and gzip raise different errors for a broken file
         raise _unreadable(path, e, ", perhaps cut short; copy or export it again") from None
@@ -140,7 +142,8 @@ def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
 def read_header(path) -> nib.Nifti1Image:
     """Load an image's grid without its voxels; UserError if it is missing or cannot be read."""
     try:
-        return nib.load(path)
+        image: Any = nib.load(path)
+        return image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:
@@ -150,8 +153,8 @@ def read_header(path) -> nib.Nifti1Image:
 def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
     """Raise UserError unless both images have the same 3D shape and corners within 0.1 mm."""
     corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
-    apply = nib.affines.apply_affine
-    distance = np.abs(apply(a.affine, corners) - apply(b.affine, corners)).max()  # mm, per axis
+    apart = apply_affine(a.affine, corners) - apply_affine(b.affine, corners)
+    distance = np.abs(apart).max()  # mm, per axis
     if a.shape[:3] != b.shape[:3] or distance > 0.1:
         grids = f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}"
         raise UserError(f"{grids}: not on one grid; resample one to the other first")

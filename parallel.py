@@ -18,6 +18,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,9 +121,10 @@ class JoinedBatchNorm(nn.BatchNorm3d):
         var = all_reduce((x32 - mean).square().mean(dims, keepdim=True)) / size()
         n = size() * x.numel() / x.shape[1]  # values per channel
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
+            mean_now, var_now = mean.flatten(), var.flatten() * n / (n - 1)
+            self.num_batches_tracked += 1  # type: ignore
+            self.running_mean.lerp_(mean_now, self.momentum)  # type: ignore
+            self.running_var.lerp_(var_now, self.momentum)  # type: ignore
         weight, bias = (p.view(1, -1, 1, 1, 1) for p in (self.weight, self.bias))
         return ((x32 - mean) * (var + self.eps).rsqrt() * weight + bias).to(x.dtype)
 
@@ -146,5 +148,6 @@ def distribute(net: nn.Module, device: torch.device) -> nn.Module:
         module.__class__ = joined.get(type(module), type(module))
     ids = [device.index] if device.type == "cuda" else None
     partial = getattr(net, "partial", False)  # some parameters get no gradient, in all processes
-    options = dict(broadcast_buffers=False, gradient_as_bucket_view=True, device_ids=ids)
+    options: dict[str, Any] = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+    options |= dict(device_ids=ids)
     return nn.parallel.DistributedDataParallel(net, find_unused_parameters=partial, **options)

@@ -234,9 +234,8 @@ def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
         why = (str(e) or repr(e)).splitlines()[0][:160]
         if isinstance(e, pickle.UnpicklingError):  # its message advises to load the file anyway
             why = "holds more than tensors and plain values"
-        raise UserError(
-            f"{path}: not a checkpoint of train.py, or cut short; {advice} ({why})"
-        ) from None
+        problem = "not a checkpoint of train.py, or cut short"
+        raise UserError(f"{path}: {problem}; {advice} ({why})") from None
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise UserError(f"{path}: not a checkpoint of train.py: it holds no config; {advice}")
     state["config"] = Config.from_dict(state["config"], path)
@@ -252,10 +251,7 @@ def load_model(path, device: str = "cpu") -> tuple[torch.nn.Module, Config]:
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         why = " ".join(str(e).split())[:160]
-        raise UserError(
-            f"{path}: does not fit the network it names ({c.model}), "
-            f"perhaps of another version: {why}"
-        ) from None
+        raise UserError(f"{path}: does not fit the network it names ({c.model}): {why}") from None
     return model.eval(), c
 
 
@@ -286,10 +282,8 @@ def predict_study(
         same_grid(read_header(case.images[0]), like, *case.images)
     need_ct = [d.model for model, d in models if "ct" in reads(model)]
     if need_ct and None in case.images:
-        raise UserError(
-            f"{case.name}: {need_ct[0]} needs CT and PET, and the CT is missing; "
-            "v1, v2, v3 and pet segment from PET alone"
-        )
+        problem = f"{case.name}: {need_ct[0]} needs CT and PET, and the CT is missing"
+        raise UserError(f"{problem}; v1, v2, v3 and pet segment from PET alone")
     if not need_ct:
         case = dataclasses.replace(case, images=(None, case.images[-1]))
     image, affine, box = load_images(case, c.preprocessing)
@@ -376,14 +370,9 @@ def check_files(a: argparse.Namespace) -> None:
     """Refuse inputs and outputs that do not go together: UserError."""
     inputs = [p for p in (a.pet, a.ct, a.image, a.t2w, a.flair) if p]
     if a.ct and not a.pet:
-        raise UserError(
-            "--ct without --pet: the mask is written on the PET's grid, also by a network that "
-            "reads CT alone; give both"
-        )
+        raise UserError("--ct without --pet: the mask is written on the PET's grid; give both")
     if bool(a.t2w) != bool(a.flair):
-        raise UserError(
-            "--t2w and --flair go together: give both files, or one four-channel file with --image"
-        )
+        raise UserError("--t2w and --flair go together; or give a four-channel file with --image")
     if sum(map(bool, (a.pet, a.image, a.flair, a.root))) != 1:
         raise UserError("give one input: --pet (and --ct), --image, --t2w and --flair, or --root")
     if a.root and a.out.is_file():
@@ -393,9 +382,7 @@ def check_files(a: argparse.Namespace) -> None:
     if not a.root and a.out.is_dir():
         raise UserError(f"--out {a.out}: a folder; name a file")
     if a.out.resolve() in [p.resolve() for p in inputs]:
-        raise UserError(
-            f"--out {a.out}: that is an input, which is never overwritten; choose another name"
-        )
+        raise UserError(f"--out {a.out}: an input, which is never overwritten; choose another name")
 
 
 def find_cases(a: argparse.Namespace, task: str) -> list[tuple[Case, Path]]:
@@ -421,10 +408,8 @@ def main(argv: list[str]) -> None:
     c = models[0][1]
     for path, (_, d) in zip(a.checkpoint, models):
         if (d.preprocessing, d.targets) != (c.preprocessing, c.targets):
-            raise UserError(
-                f"{path}: other preprocessing or targets than {a.checkpoint[0]}; "
-                "an ensemble needs networks of one kind"
-            )
+            problem = f"other preprocessing or targets than {a.checkpoint[0]}"
+            raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
     names = ("threshold", "flips", "overlap", "batch")
     options = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
     cases = find_cases(a, c.task)
@@ -435,9 +420,8 @@ def main(argv: list[str]) -> None:
         except CannotWrite:
             raise
         except torch.OutOfMemoryError:
-            raise UserError(
-                "the GPU's memory is full: use a smaller --batch, or --device cpu"
-            ) from None
+            advice = "use a smaller --batch, or --device cpu"
+            raise UserError(f"the GPU's memory is full: {advice}") from None
         except UserError as e:
             if len(cases) == 1:
                 raise
@@ -454,9 +438,8 @@ def main(argv: list[str]) -> None:
         if any(case.label for case, _ in cases):
             print_table(rows, c.targets)
     if failed:
-        raise UserError(
-            f"{len(failed)} of {len(cases)} studies have no prediction: " + " | ".join(failed)
-        )
+        count = f"{len(failed)} of {len(cases)} studies"
+        raise UserError(f"{count} have no prediction: " + " | ".join(failed))
 
 
 if __name__ == "__main__":

@@ -36,22 +36,12 @@ from tqdm import tqdm
 
 import baselines
 import data
+import evaluate
 import figures
 import parallel
 import patches
 import phantom
-from config import Config, parse_config
-from evaluate import (
-    MEASURES,
-    evaluate_case,
-    mean_of,
-    print_table,
-    read_truth,
-    summarize,
-    suv_threshold,
-    true_mask,
-    write_table,
-)
+from config import Config, as_argument, parse_config
 from files import Interrupts, UserError, atomic_write, clean_parts, run_program, writing
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
@@ -71,10 +61,7 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     found = data.find_petct(root) if c.task == "petct" else data.find_brain(root)
     cases = data.build_cache(found, c.preprocessing, c.cache)
     if len(cases) == 1:
-        say(
-            "only one study: the run trains and validates on it, so the table says nothing about "
-            "other patients"
-        )
+        say("only one study: the run trains and validates on it; the table says nothing of others")
         return cases, cases
     if c.splits:
         splits = data.read_splits(c.splits, cases)
@@ -86,10 +73,8 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     train = [k for k in kept if k.name in set(splits[c.fold]["train"])]
     val = [k for k in kept if k.name in set(splits[c.fold]["val"])]
     if not train or not val:
-        raise UserError(
-            f"--fold {c.fold}: {len(train)} studies to train on and {len(val)} held out; "
-            "each side needs one"
-        )
+        sides = f"{len(train)} studies to train on and {len(val)} held out"
+        raise UserError(f"--fold {c.fold}: {sides}; each side needs one")
     return train, val
 
 
@@ -219,16 +204,11 @@ class Run:
         for name in self.FIXED:
             was, now = getattr(before, name), getattr(self.c, name)
             if was != now:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(
-                    f"{path}: of a run with {option} {was}, not {now}; "
-                    "leave that option out, or give another --out"
-                )
+                options = f"{as_argument(name, was)}, not {as_argument(name, now)}"
+                raise UserError(f"{path}: of a run with {options}; give another --out")
         if self.code != state["code"]:
-            say(
-                f"note: {path} was written by other code ({state['code']}, this is {self.code}); "
-                "the losses may differ from here on"
-            )
+            codes = f"{state['code']}, this is {self.code}"
+            say(f"note: {path} was written by other code ({codes}); losses may differ from here on")
         try:
             self.model.load_state_dict(state["net"])
             self.ema_model.load_state_dict(state["model"])
@@ -240,10 +220,8 @@ class Run:
         self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
         self.best, self.finished = state["best"], state["finished"]
         if not log.exists() or log.stat().st_size < state["log_bytes"]:
-            raise UserError(
-                f"{log}: missing or shorter than when {path.name} was written; "
-                "put it back to continue this run"
-            )
+            problem = f"missing or shorter than when {path.name} was written"
+            raise UserError(f"{log}: {problem}; put it back to continue this run")
         self.cut_log(state["log_bytes"])
 
     def cut_log(self, size: int) -> None:
@@ -328,16 +306,13 @@ class Run:
                 spent = self.seconds + time.monotonic() - start
                 self.seconds, stopping = parallel.largest(spent, float(interrupts.asked))
                 if not math.isfinite(row["loss"]) and not self.scaler.is_enabled():
-                    raise UserError(
-                        f"the loss is {row['loss']} at step {self.step}: "
-                        "try a smaller --lr, or --amp off"
-                    )
+                    problem = f"the loss is {row['loss']} at step {self.step}"
+                    raise UserError(f"{problem}: try a smaller --lr, or --amp off")
                 self.log({"step": self.step, "seconds": round(self.seconds, 3), **row})
                 bar.update(int(1000 * self.progress()) - bar.n)
                 dice = next(v for k, v in row.items() if k.endswith("_dice"))
-                bar.set_postfix_str(
-                    f"step {self.step}  loss {row['loss']:.3f}  dice loss {dice:.3f}"
-                )
+                numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
+                bar.set_postfix_str(f"step {self.step}  {numbers}")
                 due = int(self.progress() * c.validations)
                 if due > validated and self.progress() < 1:
                     validated = due
@@ -377,10 +352,11 @@ class Run:
             like = data.read_header(case.case.images[-1])
             masks = to_masks(prob, case.affine, like, self.c.threshold)
             more = {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score}
-            truth = read_truth(case.case)
-            rows.append([r | more for r in evaluate_case(case.case, truth, masks, targets)])
+            truth = evaluate.read_truth(case.case)
+            found = evaluate.evaluate_case(case.case, truth, masks, targets)
+            rows.append([row | more for row in found])
         rows = [row for case_rows in parallel.gather(rows) for row in case_rows]
-        means = summarize(rows, targets)
+        means = evaluate.summarize(rows, targets)
         self.log({"step": self.step, "val": means})
         known = [f"{name} {v:.3f}" for name, v in means.items() if not math.isnan(v)]
         say(f"step {self.step}: " + "  ".join(known))
@@ -398,21 +374,21 @@ class Run:
 
     def report(self, rows: list[dict]) -> None:
         """The end of a run: its table, the best SUV threshold for comparison, its pictures."""
-        write_table(rows, self.folder / "validation.csv")
-        print_table(rows, self.c.targets)
+        evaluate.write_table(rows, self.folder / "validation.csv")
+        evaluate.print_table(rows, self.c.targets)
         if self.c.task == "petct":
             self.compare_threshold()
         self.draw(rows)
 
     def compare_threshold(self) -> None:
         """Print how the best threshold on SUV segments the same held-out studies."""
-        best, rows = suv_threshold(self.train_cases, self.val_cases)
-        means = {k: mean_of(rows, k) for k in MEASURES}
+        best, rows = evaluate.suv_threshold(self.train_cases, self.val_cases)
+        means = {k: evaluate.mean_of(rows, k) for k in evaluate.MEASURES}
         self.log({"step": self.step, "suv_threshold": best, **means})
+        volumes = f"FPV {means['fpv_ml']:.1f} ml, FNV {means['fnv_ml']:.1f} ml"
         print(
             f"for comparison, SUV > {best:.1f}, the best threshold on the training studies: "
-            f"Dice {means['dice']:.3f}, FPV {means['fpv_ml']:.1f} ml, "
-            f"FNV {means['fnv_ml']:.1f} ml"
+            f"Dice {means['dice']:.3f}, {volumes}"
         )
 
     def draw(self, rows: list[dict]) -> None:
@@ -434,7 +410,7 @@ class Run:
             "title": f"{case.name}, {row['target']}\nDice {row['dice']:.2f}  {volumes}",
             "names": ("CT", "PET") if c.task == "petct" else ("T2w", "FLAIR"),
             "images": image.cpu().numpy(),
-            "truth": true_mask(case.array("label"), row["target"]),
+            "truth": evaluate.true_mask(case.array("label"), row["target"]),
             "pred": prob[0] >= c.threshold,
             "spacing": voxel_sizes(case.affine),
             "reconstructions": reconstruct(self.ema_model, image, c.patch, c.overlap, c.batch),
@@ -489,10 +465,8 @@ def prepare_folder(c: Config) -> None:
         raise UserError(f"--out {folder}: a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not c.resume:
         if not c.overwrite:
-            raise UserError(
-                f"{folder} holds a run; name another with --out, continue it with --resume, "
-                "or replace it with --overwrite"
-            )
+            ways = "continue it with --resume, or replace it with --overwrite"
+            raise UserError(f"{folder} holds a run; name another with --out, {ways}")
         written = "metrics.jsonl last.pt best.pt curves.png validation.png validation.csv"
         for name in (*written.split(), "config.json"):
             (folder / name).unlink(missing_ok=True)
@@ -520,23 +494,16 @@ def main(argv: list[str]) -> None:
             part.write_text(json.dumps(c.to_dict(), indent=1) + "\n")
     count = sum(p.numel() for p in run.model.parameters())
     say(f"{c.differences()}; all options in {run.folder / 'config.json'}")
-    say(
-        f"{c.model}, {count:,} parameters, {len(train)} studies to train on, "
-        f"{len(val)} held out, on {c.device} -> {run.folder}"
-    )
+    studies = f"{len(train)} studies to train on, {len(val)} held out"
+    say(f"{c.model}, {count:,} parameters, {studies}, on {c.device} -> {run.folder}")
     if run.finished and run.progress() == 1:
-        say(
-            f"this run is finished, after step {run.step}; "
-            "to train on, add a larger --steps or --minutes to --resume"
-        )
+        say(f"this run is finished (step {run.step}); to train on, also give --steps or --minutes")
     else:
         try:
             run.train()
         except torch.OutOfMemoryError:
-            raise UserError(
-                "the GPU's memory is full: use a smaller --batch or --patch, or --amp bf16; "
-                "then continue with --resume"
-            ) from None
+            advice = "use a smaller --batch or --patch, or --amp bf16; then continue with --resume"
+            raise UserError(f"the GPU's memory is full: {advice}") from None
     parallel.stop()
 
 
