@@ -43,8 +43,9 @@ bench: install ## run the benchmarks
 tutorials: install ## run the notebooks from their sources; ARGS: 02 (one), --check (write nothing)
 	$(PY) tutorials/run.py $(ARGS)
 
-lint: install ## check the code with ruff
+lint: install ## check the code with ruff, and the types of the core with pyright
 	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
 
 figure: install ## draw docs/architecture.png from the live model
 	$(PY) -c "import figures, mirror_unet; \
