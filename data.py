@@ -336,15 +336,14 @@ def build_cache(
         cache.mkdir(parents=True, exist_ok=True)
     clean_parts(cache)
     refuse_duplicates(cases)
-    folders = [cache / f"{case.name}-{_fingerprint(case, preprocessing)}" for case in cases]
-    pairs = list(zip(cases, folders))
-    jobs = [(c, preprocessing, f) for c, f in pairs if not (f / "case.json").exists()]
+    entries = [(c, cache / f"{c.name}-{_fingerprint(c, preprocessing)}") for c in cases]
+    jobs = [(c, preprocessing, f) for c, f in entries if not (f / "case.json").exists()]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is used
         run = pool.map if workers > 1 else map
         list(tqdm(run(_cache_one, jobs), "preprocessing", len(jobs), unit="case", disable=not jobs))
     out = []
-    for case, folder in pairs:
+    for case, folder in entries:
         meta = json.loads((folder / "case.json").read_text())
         affine = np.array(meta["affine"])
         out.append(CachedCase(case.name, case.patient, folder, meta["tumor"], affine, case))
