@@ -1,35 +1,37 @@
-"""Mirror U-Net: two 3D U-Nets, one per modality, mirrored about a shared bottleneck.
+r"""Mirror U-Net: two 3D U-Nets, one per modality, that share the weights of a few levels.
 
 Marinov et al., "Mirror U-Net: Marrying Multimodal Fission with Multi-task Learning for Semantic
 Segmentation in Medical Imaging", arXiv 2303.07126. Fusion networks join PET and CT into one feature
 map. Mirror U-Net does the opposite, *fission*: each modality keeps its own U-Net, each decoder
-gets its own task, and the two nets share the weights of a few levels, by default the bottleneck's.
+gets its own task, and at a few levels, by default the bottleneck, both nets use the same weights.
 
-    CT  --> 1 2 3 4 \\         / 6 7 8 9 --> v1-v3: reconstruct CT        v4: segment the tumor
-                     >-- 5 --<
-    PET --> 1 2 3 4 /    |    \\ 6 7 8 9 --> v1-v4: segment the tumor
-                         |
-                         +--> v2, v3: light decoder, reconstruct PET;  v3: classifier, any tumor?
+    CT  --> 1 2 3 4 --> 5 --> 6 7 8 9 ---> v1-v3: reconstruct CT        v4: segment the tumor
+                        |+----+
+           same weights |     +----------> v2, v3: reconstruct PET from both (light decoder)
+                        |+----+
+    PET --> 1 2 3 4 --> 5 --> 6 7 8 9 ---> all: segment the tumor
+                         +---------------> v3: has this patient a tumor? (classifier)
 
     here                    in the paper (section 3, Fig. 2)
     levels 1-4, 5, 6-9      encoder, bottleneck, decoder; level 6 is the deepest up layer
     share=(5,)              L = {5}: at these levels both branches use one and the same layer
     "v1"                    (b) transference: segment + reconstruct CT
     "v2"                    (c) fission: v1 + reconstruct PET from the bottleneck
-    "v3"                    (d) fission and classification: v2 + "has this patient a tumor?"
+    "v3"                    (d) fission and classification: v2 + classify the patient
     "v4"                    (a) decision fusion: logits = w CT + (1 - w) PET, with w = ct_weight
     preset "brain"          generalization study: T2w -> tumor core, FLAIR -> edema,
-                            bottleneck (v2) -> whole tumor
+                            both bottlenecks (v2) -> whole tumor
 
 What is shared is *weights*, not features: the PET branch reads the PET image alone. So in v1-v3 the
 segmentation and the classifier do not depend on the CT input. CT acts in training only, through its
-gradients on the shared weights; at test time v1-v3 are PET networks, and `segment` runs only that
-half. v4's fused logits and the PET reconstruction depend on both images.
+gradients on shared weights (and in v2, v3 on the light decoder); at test time v1-v3 are PET
+networks, and `segment` runs only that half. v4's fused logits depend on both images, and so does
+the PET reconstruction, since the light decoder reads both bottlenecks.
 
 Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, Classifier, MirrorUNet. `from_official`,
-at the end, loads the authors' weights. Two differences from their release are on purpose: instance
-norm by default (theirs: norm="batch"), and a classifier that takes any patch size (theirs takes
-96^3; ours equals it there).
+at the end, loads the authors' weights. We differ from their release in two ways: instance norm by
+default (theirs: norm="batch"), and a classifier that takes any patch size (theirs takes 96^3; ours
+equals it there).
 """
 
 import re
@@ -44,15 +46,17 @@ from torch import Tensor, nn
 import kernels
 from kernels.recompute import convolve, is_recomputable, recomputable
 
-# What each version does, by the names of its outputs. The network has a decoder and the loss has a
-# term for each: "seg", "core", "whole" and "edema" are segmented, "ct" and "pet" reconstructed,
-# "tumor" is the patient's class.
+# `recomputable(f, x)` is f(x). In training, a `convolve` that follows does not keep this input for
+# its backward pass, but computes f(x) again: that saves a third of the memory of a step.
+
+# What each version learns, by the names of its outputs; the loss has a term for each. "seg",
+# "core", "whole" and "edema" are segmented, "ct" and "pet" are reconstructed, "tumor" is the class.
 TASKS: dict[str, dict[str, tuple[str, ...]]] = {
     "petct": {
         "v1": ("seg", "ct"),
         "v2": ("seg", "ct", "pet"),
         "v3": ("seg", "ct", "pet", "tumor"),
-        "v4": ("seg",),  # by both decoders together
+        "v4": ("seg",),  # both decoders segment, and their logits are fused
     },
     "brain": {
         "v1": ("core", "edema"),
@@ -66,7 +70,7 @@ class MirrorOutput(NamedTuple):
 
     seg: Tensor  # (B, 2, D, H, W) logits: background, tumor
     ct: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: (B, 2, D, H, W) CT branch logits
-    pet: Tensor | None = None  # the same of PET
+    pet: Tensor | None = None  # likewise for PET
     tumor: Tensor | None = None  # (B,) logit of "there is a tumor"
 
 
@@ -99,11 +103,11 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = convolve(self.conv, x)
         if isinstance(self.norm, nn.BatchNorm3d):
-            x = F.prelu(self.norm(x), self.slope.to(x.dtype))
+            x = F.prelu(self.norm(x), self.slope.to(x.dtype))  # in half precision under autocast
             return x if residual is None else x + residual
         if residual is None or is_recomputable(residual):
             return recomputable(self.norm_act, x, residual)
-        return self.norm_act(x, residual)  # making this again would need the residual kept instead
+        return self.norm_act(x, residual)  # recomputing this would mean keeping the residual
 
     def norm_act(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Instance norm, affine, PReLU and the residual sum, fused in one operation."""
@@ -112,19 +116,19 @@ class ConvUnit(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """y = units(x) + shortcut(x), with `units` conv units, the first of them strided.
+    """y = units(x) + shortcut(x), with `n_units` conv units, the first of them strided.
 
     The shortcut is the identity if shapes allow, else a convolution (k3 with a stride, k1 without).
     `bare=True`: a single convolution without norm and activation, for the output of a decoder.
     """
 
-    def __init__(self, in_channels, out_channels, norm, stride=1, units=2, bare=False):
+    def __init__(self, in_channels, out_channels, norm, stride=1, n_units=2, bare=False):
         super().__init__()
         if bare:
             self.units = nn.ModuleList([nn.Conv3d(in_channels, out_channels, 3, padding=1)])
         else:
             self.units = nn.ModuleList([ConvUnit(in_channels, out_channels, norm, stride=stride)])
-            for _ in range(units - 1):
+            for _ in range(n_units - 1):
                 self.units.append(ConvUnit(out_channels, out_channels, norm))
         if stride > 1:
             self.shortcut = nn.Conv3d(in_channels, out_channels, 3, stride, padding=1)
@@ -152,7 +156,7 @@ class UpLayer(nn.Module):
     def __init__(self, in_channels, out_channels, norm, top=False):
         super().__init__()
         self.up = ConvUnit(in_channels, out_channels, norm, up=True)
-        self.refine = ResidualUnit(out_channels, out_channels, norm, units=1, bare=top)
+        self.refine = ResidualUnit(out_channels, out_channels, norm, n_units=1, bare=top)
 
     def forward(self, below: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
@@ -201,7 +205,7 @@ class Branch(nn.Module):
 
 
 class LightDecoder(nn.Sequential):
-    """The bottleneck's decoder: four up layers without skips, also the last with norm and PReLU.
+    """The bottleneck's decoder: four up layers without skips, with norm and PReLU even on the last.
 
     (B, in, D/16, H/16, W/16) -> (B, out, D, H, W); `in` is 2 c5, both branches' bottlenecks.
     """
@@ -217,7 +221,8 @@ class Classifier(nn.Module):
 
     Average pooling to 6^3 makes it take any patch size; for the paper's 96^3 the bottleneck is 6^3
     and the pooling is the identity. It has batch norm whatever the others have: instance norm of a
-    single map would erase how strongly the map responds, which is the answer.
+    single map would erase how strongly the map responds, which is the answer (as batch norm does in
+    training with a batch of one).
     """
 
     def __init__(self, in_channels: int):
@@ -243,7 +248,7 @@ class MirrorUNet(nn.Module):
         channels: widths of levels 1-5.
         norm: "instance" | "batch" (the authors' release).
         preset: "petct" | "brain".
-        ct_weight: v4's weight of the CT logits: a number, or "learnable" (from 0.5, within [0, 1]).
+        ct_weight: v4's weight of the CT logits in [0, 1], or "learnable", which starts at 0.5.
 
     Forward: x (B, 2, D, H, W), channel 0 CT (brain: T2w), channel 1 PET (brain: FLAIR)
     -> MirrorOutput | BrainOutput. Raises ValueError, naming a size that works, if the strides do
@@ -269,7 +274,7 @@ class MirrorUNet(nn.Module):
         self.version, self.preset, self.norm = version, preset, norm
         self.share, self.channels = tuple(sorted(share)), tuple(channels)
         self.tasks = TASKS[preset][version]
-        # The images that a segmentation depends on.
+        # The images that `segment` needs.
         self.reads = ("ct", "pet") if version == "v4" or preset == "brain" else ("pet",)
 
         self.ct = Branch(1 if "ct" in self.tasks else 2, self.channels, norm)
@@ -289,27 +294,30 @@ class MirrorUNet(nn.Module):
         self.check_input(x.shape, channels=2)
         ct_bottleneck, ct_skips = self.ct.encode(x[:, 0:1])
         pet_bottleneck, pet_skips = self.pet.encode(x[:, 1:2])
-        ct = self.ct.decode(ct_bottleneck, ct_skips)
-        pet = self.pet.decode(pet_bottleneck, pet_skips)
+        from_ct = self.ct.decode(ct_bottleneck, ct_skips)
+        from_pet = self.pet.decode(pet_bottleneck, pet_skips)
         if self.version == "v4":
-            w = self.ct_weight.clamp(0, 1).to(ct.dtype)
-            return MirrorOutput(seg=w * ct + (1 - w) * pet, ct=ct, pet=pet)
-        light = None
+            w = self.ct_weight.clamp(0, 1).to(from_ct.dtype)
+            fused = w * from_ct + (1 - w) * from_pet
+            return MirrorOutput(seg=fused, ct=from_ct, pet=from_pet)
+        from_both = None
         if self.bottleneck_decoder is not None:
-            light = self.bottleneck_decoder(torch.cat([ct_bottleneck, pet_bottleneck], dim=1))
+            from_both = self.bottleneck_decoder(torch.cat([ct_bottleneck, pet_bottleneck], dim=1))
         if self.preset == "brain":
-            return BrainOutput(core=ct, whole=light, edema=pet)
-        return MirrorOutput(seg=pet, ct=ct, pet=light, tumor=self.classify(pet_bottleneck))
+            return BrainOutput(core=from_ct, whole=from_both, edema=from_pet)
+        tumor = self.classify(pet_bottleneck)
+        return MirrorOutput(seg=from_pet, ct=from_ct, pet=from_both, tumor=tumor)
 
     def classify(self, pet_bottleneck: Tensor) -> Tensor | None:
         """(B, c5, d, h, w) -> logit (B,); None if the version has no classifier."""
         return None if self.classifier is None else self.classifier(pet_bottleneck)
 
     def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
-        """Segmentation and classification alone, by as little computation as they need.
+        """Segmentation and classification alone, with the least computation.
 
-        v1-v3 take PET alone, x (B, 1, D, H, W), cost half of `forward` and equal it bit for bit,
-        whatever the CT. v4 and the brain networks run `forward`; PET alone is a ValueError there.
+        v1-v3 take PET alone, x (B, 1, D, H, W), and cost half of `forward`, whose `seg` and `tumor`
+        they equal bit for bit in eval mode, whatever the CT. v4 and the brain networks take both
+        images, (B, 2, D, H, W), and run `forward`. Any other x is a ValueError.
         """
         if len(self.reads) == 2:
             if x.shape[1] == 1:
@@ -343,7 +351,7 @@ class MirrorUNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------- the authors' weights
-_OFFICIAL_PARTS = {  # part of our names -> of theirs
+_OFFICIAL_PARTS = {  # substrings of our names -> of theirs, replaced in this order
     ".norm.": ".adn.N.",
     ".slope": ".adn.A.weight",
     ".shortcut.": ".residual.",
@@ -360,8 +368,9 @@ _OFFICIAL_PARTS = {  # part of our names -> of theirs
 def _official_name(ours: str, share: tuple[int, ...], finest_first: bool) -> str:
     """Our name -> the release's: "ct.levels.0.norm.bias" -> "down_1.0.adn.N.bias".
 
-    There, layers are listed by side and by whether they are shared; up layers are listed finest
-    first, but shared ones in either order.
+    There, layers are listed by side and by whether they are shared: with share = (3, 5), down_1
+    and down_2 hold levels 1, 2, 4 and common_downs holds level 3. Up layers are listed finest
+    first; for shared ones the release's scripts differ, so both orders are tried.
     """
     name = ours
     if match := re.match(r"(ct|pet)\.levels\.(\d)", ours):
@@ -371,10 +380,12 @@ def _official_name(ours: str, share: tuple[int, ...], finest_first: bool) -> str
         if level > 5 and (finest_first or not shared):
             alike.reverse()
         side = "up" if level > 5 else "down"
-        place = f"common_{side}s" if shared else f"{side}_{branch}"
-        place += f".{alike.index(level)}"
         if level == 5:
             place = "bottom_layer" if shared else f"bottom_layer_{branch}"
+        elif shared:
+            place = f"common_{side}s.{alike.index(level)}"
+        else:
+            place = f"{side}_{branch}.{alike.index(level)}"
         name = place + ours[match.end() :]
     for part, official in _OFFICIAL_PARTS.items():
         name = name.replace(part, official)
@@ -390,7 +401,7 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
 
     Returns (model, report). The report holds version, preset, share, channels, "used" {official
     name: our names} and "left_over", the file's unused names (at most `learnable_th`). Raises
-    ValueError for weights of no Mirror U-Net.
+    ValueError for weights that fit no Mirror U-Net.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     version = "v3" if "fc.1.weight" in state else "v2" if "dec.0.0.conv.weight" in state else None
@@ -423,8 +434,9 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
         if not wrong:
             fits.setdefault(share, (channels, names))
     if len(fits) != 1:
-        why = f"at best, these names or shapes do not match: {closest[:8]}"
-        why = f"more than one share set fits: {list(fits)}" if fits else why
+        why = f"more than one share set fits: {list(fits)}"
+        if not fits:
+            why = f"at best, these names or shapes do not match: {closest[:8]}"
         raise ValueError(f"not the weights of a Mirror U-Net ({preset} {version}?): {why}")
 
     [(share, (channels, names))] = fits.items()
@@ -439,7 +451,7 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
         tensors["ct_weight"] = state["learnable_th"].reshape(())
         used["learnable_th"] = ["ct_weight"]
     elif version == "v4":
-        tensors["ct_weight"] = model.ct_weight
+        tensors["ct_weight"] = model.ct_weight  # not in the file: keep what was asked for
     model.load_state_dict(tensors)
     report = {"version": version, "preset": preset, "share": share, "channels": channels}
     return model.eval(), report | {"used": used, "left_over": sorted(set(state) - set(used))}
