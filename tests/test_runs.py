@@ -1,4 +1,7 @@
-"""Runs that lose nothing: killed at any moment and resumed; a full disk; several processes; and errors for people, each one line."""
+"""Runs that lose nothing when they are killed, meet a full disk, or use several processes.
+
+Also the errors for people: every one is a single line that says what to do.
+"""
 
 import json
 import os
@@ -20,21 +23,30 @@ from test_predict import checkpoint
 from test_train import SMALL, make_run
 
 import data
+import kernels
+import parallel
 import phantom
+import predict
 import train
-from files import CannotWrite, atomic_write, clean_parts
+from files import CannotWrite, UserError, atomic_write, clean_parts, run_program
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
 
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """Six small studies and their cache, filled once."""
+    """Six small studies and their filled cache: (root, options of train.py)."""
     root = tmp_path_factory.mktemp("studies")
     phantom.write_petct(root / "petct", 6, spacing=(10.0, 10.0, 10.0))
-    args = ["--data", "petct", "--root", str(root / "petct"), "--cache", str(root / "cache"), "--folds", "2", *SMALL]
+    args = ["--data", "petct", "--root", str(root / "petct"), "--cache", str(root / "cache")]
+    args += ["--folds", "2", *SMALL]
     train.load_cases(train.parse_config(args))
     return root, args
+
+
+def with_root(args: list[str], old: Path, new: Path) -> list[str]:
+    """The options with one folder replaced by another."""
+    return [str(new) if a == str(old) else a for a in args]
 
 
 def start(args, program="train.py", launcher=(sys.executable,), **more) -> subprocess.Popen:
@@ -42,106 +54,133 @@ def start(args, program="train.py", launcher=(sys.executable,), **more) -> subpr
     return subprocess.Popen([*launcher, str(ROOT / program), *map(str, args)], **more)
 
 
-def call(args, program="train.py", launcher=(sys.executable,), **more) -> subprocess.CompletedProcess:
+def call(args, program="train.py", launcher=(sys.executable,), **more):
     process = start(args, program, launcher, **more)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
 def log_of(folder: Path) -> list[dict]:
-    """What a run logged, without the time it took."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    """The rows of a run's log, without the time it took."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------- killed
+def names_in(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------- killed runs
 def kill_during_a_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    """SIGKILL while last.pt is being written under its temporary name."""
+    """Send SIGKILL while last.pt is being written under its temporary name."""
     part = folder / f".{process.pid}.last.pt"
     while process.poll() is None and not part.exists():
         pass
     process.kill()
 
 
-def kill_while_training(process: subprocess.Popen, folder: Path, after: float) -> None:
-    """SIGKILL some time after the process's first step, or after a few seconds: before it."""
+def kill_while_training(process: subprocess.Popen, folder: Path, delay: float) -> None:
+    """Send SIGKILL `delay` seconds after the process's first step."""
     log = folder / "metrics.jsonl"
-    before, limit = log.stat().st_mtime_ns if log.exists() else 0, time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < limit and not (log.exists() and log.stat().st_mtime_ns > before):
+    before = log.stat().st_mtime_ns if log.exists() else 0
+    limit = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < limit:
+        if log.exists() and log.stat().st_mtime_ns > before:
+            break
         time.sleep(0.005)
-    time.sleep(after)
+    time.sleep(delay)
     process.kill()
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_is_the_run_that_was_never_killed(studies, tmp_path, kills):
-    """Wherever SIGKILL strikes, at start-up, in a step, in the middle of a checkpoint, the resumed run logs the same bits."""
+def test_a_run_killed_at_random_moments_logs_the_same_bits(studies, tmp_path, kills):
+    """SIGKILL may come at start-up, within a step, or in the middle of a checkpoint."""
     _, args = studies
-    more = ["--model", "v3", "--steps", 40 + 12 * kills, "--validations", 3, "--ema", 0.9, "--checkpoint-minutes", 0]
-    whole_run = call([*args, *more, "--out", tmp_path / "whole"])
-    assert whole_run.returncode == 0, whole_run.stderr
-    rng, folder, in_writing = random.Random(kills), tmp_path / "killed", 0
+    args = [*args, "--model", "v3", "--steps", 40 + 12 * kills, "--validations", 3]
+    args += ["--ema", 0.9, "--checkpoint-minutes", 0]
+    uninterrupted = call([*args, "--out", tmp_path / "uninterrupted"])
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+
+    rng = random.Random(kills)
+    folder = tmp_path / "killed"
+    in_writing = 0
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for kill in range(kills):
-        process = start([*args, *more, "--out", folder, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start([*args, "--out", folder, "--resume"], **quiet)
         if kill % 2:
             kill_during_a_checkpoint(process, folder)
         elif kill % 6 == 4:
-            time.sleep(rng.uniform(0.1, 3))  # Python, PyTorch and the network are being loaded
+            time.sleep(rng.uniform(0.1, 3))  # while Python, PyTorch and the network are loaded
             process.kill()
         else:
             kill_while_training(process, folder, rng.uniform(0, 0.4))
         process.wait()
-        assert process.returncode == -signal.SIGKILL, "the run came to its end before it was to be killed: make it longer"
+        assert process.returncode == -signal.SIGKILL, "the run ended before the kill: lengthen it"
         in_writing += (folder / f".{process.pid}.last.pt").exists()
     assert in_writing >= 1
+
     last = call(["--resume", "--out", folder])
     assert last.returncode == 0, last.stderr
-    assert log_of(folder) == log_of(tmp_path / "whole")
-    assert {p.name for p in folder.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}  # and no litter
-    a, b = (torch.load(f / "best.pt", weights_only=True)["model"] for f in (folder, tmp_path / "whole"))
+    assert log_of(folder) == log_of(tmp_path / "uninterrupted")
+    assert names_in(folder) == names_in(tmp_path / "uninterrupted")  # no temporary files are left
+    folders = (folder, tmp_path / "uninterrupted")
+    a, b = (torch.load(f / "best.pt", weights_only=True)["model"] for f in folders)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(studies, tmp_path):
     _, args = studies
-    train.main([*args, "--model", "v1", "--steps", "2", "--out", str(tmp_path / "r")])
-    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir() if p.name != "config.json"}
-    done = call(["--resume", "--out", tmp_path / "r"])
-    assert done.returncode == 0 and "this run is finished, after step 2" in done.stdout
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir() if p.name != "config.json"}
-    train.main(["--resume", "--out", str(tmp_path / "r"), "--steps", "3"])
-    assert [r["step"] for r in log_of(tmp_path / "r") if "loss" in r] == [1, 2, 3]
+    folder = tmp_path / "r"
+    train.main([*args, "--model", "v1", "--steps", "2", "--out", str(folder)])
+    kept = names_in(folder) - {"config.json"}
+    before = {name: (folder / name).read_bytes() for name in kept}
+    done = call(["--resume", "--out", folder])
+    assert done.returncode == 0
+    assert "this run is finished, after step 2" in done.stdout
+    assert before == {name: (folder / name).read_bytes() for name in kept}
+    assert names_in(folder) == kept | {"config.json"}
+    train.main(["--resume", "--out", str(folder), "--steps", "3"])
+    assert [r["step"] for r in log_of(folder) if "loss" in r] == [1, 2, 3]
 
 
-def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(studies, tmp_path):
+def test_sigterm_finishes_the_step_saves_and_says_how_to_continue(studies, tmp_path):
     _, args = studies
-    process = start([*args, "--model", "v2", "--steps", 100_000, "--validations", 1, "--out", tmp_path / "r"])
-    while not (tmp_path / "r" / "metrics.jsonl").exists() and process.poll() is None:
+    folder = tmp_path / "r"
+    endless = ["--model", "v2", "--steps", 100_000, "--validations", 1]
+    process = start([*args, *endless, "--out", folder])
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    steps = len(log_of(tmp_path / "r"))
-    assert process.returncode == 1 and err.splitlines()[-1] == (
-        f"stopped after step {steps}; go on with: python train.py --resume --out {tmp_path / 'r'}"
-    )
-    assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"] == steps
+    steps = len(log_of(folder))
+    assert process.returncode == 1
+    command = f"python train.py --resume --out {folder}"
+    assert err.splitlines()[-1] == f"stopped after step {steps}; to continue: {command}"
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == steps
 
 
-def test_a_checkpoint_names_its_code_and_a_log_that_was_cut_is_missed(studies, tmp_path):
+def test_a_checkpoint_names_the_code_that_wrote_it(studies, tmp_path):
+    _, args = studies
+    run = make_run([*args, "--model", "v1", "--steps", "4", "--out", str(tmp_path / "r")])
+    run.save("last.pt")
+    code = torch.load(run.folder / "last.pt", weights_only=True)["code"]
+    assert code["torch"] == torch.__version__
+    assert len(code["code"]) >= 7
+
+
+def test_a_shortened_log_is_noticed(studies, tmp_path):
     _, args = studies
     run = make_run([*args, "--model", "v1", "--steps", "4", "--out", str(tmp_path / "r")])
     run.log({"step": 0, "loss": 1.0})
     run.save("last.pt")
-    state = torch.load(run.folder / "last.pt", weights_only=True)
-    assert state["code"]["torch"] == torch.__version__ and len(state["code"]["code"]) >= 7
     (run.folder / "metrics.jsonl").write_text("")
-    with pytest.raises(train.UserError, match="missing or shorter"):
+    with pytest.raises(UserError, match="missing or shorter"):
         run.resume()
 
 
-# ------------------------------------------------------------------------------------------------------------- full disk
+# ---------------------------------------------------------------------------------------- full disk
 def limited(size: int):
-    """In a child process: no file may grow beyond `size` bytes, which fails as a full disk does."""
+    """For a child process: files beyond `size` bytes fail, as they do on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -150,48 +189,66 @@ def limited(size: int):
     return limit
 
 
-def test_a_full_disk_is_a_sentence_and_costs_no_checkpoint(studies, tmp_path):
+def test_a_full_disk_gives_a_clear_message_and_costs_no_checkpoint(studies, tmp_path):
     _, args = studies
     out = tmp_path / "r"
-    first = [*args, "--model", "v1", "--steps", "2", "--out", str(out)]
-    train.main(first)
+    train.main([*args, "--model", "v1", "--steps", "2", "--out", str(out)])
     before = (out / "last.pt").read_bytes()
-    done = call(["--resume", "--out", out, "--steps", 4], preexec_fn=limited(len(before) // 2))
+    more = ["--resume", "--out", out, "--steps", 4]
+    done = call(more, preexec_fn=limited(len(before) // 2))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {out / 'last.pt'}: cannot be written: ")
-    assert (out / "last.pt").read_bytes() == before and not list(out.glob(".*"))
-    train.main(["--resume", "--out", str(out), "--steps", "4"])
-    train.main([*first[:-1], str(tmp_path / "straight"), "--steps", "4"])
-    assert len([r for r in log_of(out) if "loss" in r]) == 4
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(f"error: {out / 'last.pt'}: cannot be written: ")
+    assert (out / "last.pt").read_bytes() == before
+    assert not list(out.glob(".*"))
+    train.main([str(a) for a in more])
+    assert [r["step"] for r in log_of(out) if "loss" in r] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("what", ["cache", "mask"])
-def test_a_full_disk_leaves_no_half_cache_entry_and_no_half_mask(studies, tmp_path, what):
+@pytest.mark.parametrize("written", ["cache", "mask"])
+def test_a_full_disk_leaves_no_partial_file(studies, tmp_path, written):
     root, args = studies
-    if what == "cache":
-        args = [str(tmp_path / "cache") if a == str(root / "cache") else a for a in args]
-        done = call([*args, "--steps", 2, "--out", tmp_path / "r"], preexec_fn=limited(20_000))
+    if written == "cache":
+        args = with_root(args, root / "cache", tmp_path / "cache")
+        options = [*args, "--steps", 2, "--out", tmp_path / "r"]
+        done = call(options, preexec_fn=limited(20_000))
     else:
-        pet = root / "petct" / "PETCT_0000" / "visit1" / "SUV.nii.gz"
-        todo = ["--checkpoint", checkpoint(tmp_path / "w.pt"), "--pet", pet, "--out", tmp_path / "m.nii"]
-        done = call(todo, "predict.py", preexec_fn=limited(1000))
+        weights = checkpoint(tmp_path / "w.pt")
+        options = ["--checkpoint", weights, "--pet", root / "petct" / SUV]
+        options += ["--out", tmp_path / "m.nii"]
+        done = call(options, "predict.py", preexec_fn=limited(1000))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot be written" in done.stderr.splitlines()[-1] and "free some space" in done.stderr.splitlines()[-1]
-    assert not [p for p in tmp_path.rglob("*") if p.name not in ("cache", "w.pt")]
+    message = done.stderr.splitlines()[-1]
+    assert "cannot be written" in message and "free some space" in message
+    assert {p.name for p in tmp_path.rglob("*")} <= {"cache", "w.pt"}
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_atomic_write_keeps_the_old_file_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyError), atomic_write(path) as part:
         part.write_text("half")
         raise KeyError
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old" and names_in(tmp_path) == {"a.txt"}
     with atomic_write(path) as part:
         part.write_text("new")
-    assert path.read_text() == "new"
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and names_in(tmp_path) == {"a.txt"}
     with pytest.raises(CannotWrite, match="cannot be written"), atomic_write(path / "below"):
         pass
+
+
+def test_atomic_write_keeps_a_folder_that_another_process_wrote_first(tmp_path):
+    folder = tmp_path / "entry"
+    with atomic_write(folder) as part:
+        part.mkdir()
+        (part / "mine").touch()
+        folder.mkdir()
+        (folder / "theirs").touch()
+    assert names_in(tmp_path) == {"entry"} and names_in(folder) == {"theirs"}
+
+
+def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".{dead.pid}.last.pt").touch()
@@ -199,191 +256,298 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     (tmp_path / f".{os.getpid()}.last.pt").touch()  # of a living process
     (tmp_path / ".notes").touch()
     clean_parts(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", f".{os.getpid()}.last.pt", ".notes"}
+    assert names_in(tmp_path) == {f".{os.getpid()}.last.pt", ".notes"}
 
 
-# ----------------------------------------------------------------------------------------------------- several processes
-@pytest.mark.parametrize("model", ["v2", "v3", *(pytest.param(m, marks=pytest.mark.slow) for m in ("v4", "valindria", "nnunet"))])
+# -------------------------------------------------------------------------------- several processes
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("v4", "valindria", "nnunet")]
+
+
+@pytest.mark.parametrize("model", ["v2", "v3", *SLOW])
 def test_two_processes_equal_one_with_the_doubled_batch(studies, tmp_path, model):
-    """Losses within 1e-5 at every step, the same validation, one log; v3 has a batch norm and a dropout in its classifier."""
+    """Losses agree within 1e-5 at every step; v3's classifier has a batch norm and a dropout."""
     _, args = studies
-    # No rotation: it brings in patches of nearly nothing, whose instance norm makes rounding 300 times larger.
-    more = ["--model", model, "--steps", 6, "--validations", 2, "--ema", 0.9, "--rotate", 0, "--scale", 0]
-    port = str(random.Random(os.getpid() + len(model + model)).randrange(20_000, 60_000))
+    # No rotation: it brings in almost empty patches, in which instance norm magnifies rounding
+    # errors 300 times.
+    args = [*args, "--model", model, "--steps", 6, "--validations", 2, "--ema", 0.9]
+    args += ["--rotate", 0, "--scale", 0]
+    port = random.Random(os.getpid() + len(model + model)).randrange(20_000, 60_000)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = call([*args, *more, "--batch", 1, "--out", tmp_path / "two"], launcher=[*TORCHRUN, port], env=env)
+    launcher = [*TORCHRUN, str(port)]
+    two = call([*args, "--batch", 1, "--out", tmp_path / "two"], launcher=launcher, env=env)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("studies to train on") == 1
-    train.main(list(map(str, [*args, *more, "--batch", 2, "--out", tmp_path / "one"])))
+    train.main([str(a) for a in [*args, "--batch", 2, "--out", tmp_path / "one"]])
+
     a, b = log_of(tmp_path / "two"), log_of(tmp_path / "one")
-    assert [r["step"] for r in a] == [r["step"] for r in b] and len([r for r in a if "loss" in r]) == 6
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    assert len([r for r in a if "loss" in r]) == 6
     for x, y in zip(a, b):
-        if "loss" in x:
-            assert x.keys() == y.keys() and all(x[k] == pytest.approx(y[k], abs=1e-5) for k in x if k != "grad_norm"), (x, y)
-            assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+        if "loss" not in x:
+            continue
+        assert x.keys() == y.keys()
+        assert x.pop("grad_norm") == pytest.approx(y.pop("grad_norm"), rel=1e-3)
+        assert x == pytest.approx(y, abs=1e-5)
+    assert names_in(tmp_path / "two") == names_in(tmp_path / "one")
     tables = [(tmp_path / f / "validation.csv").read_text().splitlines() for f in ("one", "two")]
-    assert [line.split(",")[0] for line in tables[0]] == [line.split(",")[0] for line in tables[1]]
+    cases = [[line.split(",")[0] for line in table] for table in tables]
+    assert cases[0] == cases[1]
+
+
+def test_the_parts_of_all_processes_are_gathered_in_order(monkeypatch):
+    items = list(range(7))
+    parts = [items[rank::3] for rank in range(3)]
+
+    def all_gather(out, _):
+        out[:] = parts
+
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    monkeypatch.setattr(parallel.dist, "all_gather_object", all_gather)
+    assert parallel.gather(parts[0]) == items
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_loader_processes_gives_the_same_batches(studies, tmp_path, workers):
+def test_the_number_of_loader_processes_does_not_change_the_batches(studies, tmp_path, workers):
     _, args = studies
-    runs = [make_run([*args, "--steps", "5", "--workers", str(w), "--out", str(tmp_path / str(w))]) for w in (0, workers)]
-    for run in runs:
+    runs = []
+    for count in (0, workers):
+        options = ["--steps", "5", "--workers", str(count), "--out", str(tmp_path / str(count))]
+        run = make_run([*args, *options])
         run.seen = 2  # as after one step
+        runs.append(run)
     one, other = (list(run.batches()) for run in runs)
     assert len(one) == len(other) == 4
     assert all(torch.equal(a[k], b[k]) for a, b in zip(one, other) for k in a)
-    second = [runs[0].patches[i] for i in (2, 3)]
-    assert torch.equal(one[0]["image"], torch.stack([s["image"] for s in second]))
+    second = [runs[0].patches[i]["image"] for i in (2, 3)]
+    assert torch.equal(one[0]["image"], torch.stack(second))
 
 
-# --------------------------------------------------------------------------------------------------- errors for people
+# ------------------------------------------------------------------------------ errors for people
+SUV = "PETCT_0000/visit1/SUV.nii.gz"
+CT = "PETCT_0000/visit1/CTres.nii.gz"
+SEG = "PETCT_0000/visit1/SEG.nii.gz"
+
+
 def edit(path: Path, change) -> None:
+    """Replace an image by change(voxels, affine)."""
     image = nib.load(path)
-    nib.save(nib.Nifti1Image(*change(np.asarray(image.dataobj).copy(), image.affine.copy())), path)
+    voxels, affine = change(np.asarray(image.dataobj).copy(), image.affine.copy())
+    nib.save(nib.Nifti1Image(voxels, affine), path)
 
 
-def with_nan(a, affine):
-    a[3, 3, 3] = np.nan
-    return a, affine
+def with_nan(voxels, affine):
+    voxels[3, 3, 3] = np.nan
+    return voxels, affine
 
 
-SUV, CT, SEG = "PETCT_0000/visit1/SUV.nii.gz", "PETCT_0000/visit1/CTres.nii.gz", "PETCT_0000/visit1/SEG.nii.gz"
-BAD_DATA = {  # what is done to a folder of good studies: (change, words of the message)
-    "corrupt": (lambda r: (r / SUV).write_bytes(b"nonsense"), [SUV, "not a readable NIfTI file", "export it again"]),
-    "truncated": (lambda r: (r / CT).write_bytes((r / CT).read_bytes()[:3000]), [CT, "cut short", "copy or export it again"]),
-    "missing": (lambda r: (r / SEG).unlink(), [SEG, "missing", "a study needs SUV, CTres and SEG"]),
-    "grids that differ": (lambda r: edit(r / CT, lambda a, m: (a[1:], m)), [CT, "SUV.nii.gz", "not on one grid", "resample"]),
-    "origins that differ": (lambda r: edit(r / SEG, lambda a, m: (a, m + np.eye(4)[:, :1] * [[0, 0, 0, 9]])), [SEG, "not on one grid"]),
-    "NaN": (lambda r: edit(r / SUV, with_nan), [SUV, "1 voxels are NaN or infinite", "set them to 0"]),
-    "4D": (lambda r: edit(r / SUV, lambda a, m: (np.stack([a, a], -1), m)), [SUV, "expected 3 dimensions", "take one volume"]),
-    "labels out of range": (lambda r: edit(r / SEG, lambda a, m: (a + 6, m)), [SEG, "expected labels 0 and 1", "write tumor as 1"]),
-    "Bq/ml": (lambda r: edit(r / SUV, lambda a, m: (a * 5000, m)), [SUV, "look like Bq/ml, not SUV", "divide by injected dose"]),
-    "an empty folder": (lambda r: shutil.rmtree(r) or r.mkdir(), ["no SUV.nii.gz at any depth", "expected AutoPET's layout"]),
-    "no folder": (lambda r: shutil.rmtree(r), ["no such folder"]),
-    "a study twice": (lambda r: shutil.copytree(r / "PETCT_0000", r / "COPY"), ["COPY", "PETCT_0000", "remove one of the two"]),
-    "a name twice": (lambda r: shutil.copytree(r / "PETCT_0000/visit1", r / "PETCT_0000__visit1"), ["occurs twice", "remove one"]),
+def shifted(voxels, affine):
+    affine[0, 3] += 9  # mm
+    return voxels, affine
+
+
+BAD_DATA = {  # what is done to a folder of good studies, and words of the message
+    "corrupt": (
+        lambda r: (r / SUV).write_bytes(b"nonsense"),
+        [SUV, "not a readable NIfTI file", "export it again"],
+    ),
+    "truncated": (
+        lambda r: (r / CT).write_bytes((r / CT).read_bytes()[:3000]),
+        [CT, "cut short", "copy or export it again"],
+    ),
+    "missing": (
+        lambda r: (r / SEG).unlink(),
+        [SEG, "missing", "a study needs SUV, CTres and SEG"],
+    ),
+    "grids that differ": (
+        lambda r: edit(r / CT, lambda voxels, affine: (voxels[1:], affine)),
+        [CT, "SUV.nii.gz", "not on one grid", "resample"],
+    ),
+    "origins that differ": (
+        lambda r: edit(r / SEG, shifted),
+        [SEG, "not on one grid"],
+    ),
+    "NaN": (
+        lambda r: edit(r / SUV, with_nan),
+        [SUV, "1 voxels are NaN or infinite", "set them to 0"],
+    ),
+    "4D": (
+        lambda r: edit(r / SUV, lambda voxels, affine: (np.stack([voxels, voxels], -1), affine)),
+        [SUV, "expected 3 dimensions", "take one volume"],
+    ),
+    "labels out of range": (
+        lambda r: edit(r / SEG, lambda voxels, affine: (voxels + 6, affine)),
+        [SEG, "expected labels 0 and 1", "write tumor as 1"],
+    ),
+    "Bq/ml": (
+        lambda r: edit(r / SUV, lambda voxels, affine: (voxels * 5000, affine)),
+        [SUV, "look like Bq/ml, not SUV", "divide by injected dose"],
+    ),
+    "an empty folder": (
+        lambda r: shutil.rmtree(r) or r.mkdir(),
+        ["no SUV.nii.gz at any depth", "expected AutoPET's layout"],
+    ),
+    "no folder": (
+        lambda r: shutil.rmtree(r),
+        ["no such folder"],
+    ),
+    "a study twice": (
+        lambda r: shutil.copytree(r / "PETCT_0000", r / "COPY"),
+        ["COPY", "PETCT_0000", "remove one of the two"],
+    ),
+    "a name twice": (
+        lambda r: shutil.copytree(r / "PETCT_0000/visit1", r / "PETCT_0000__visit1"),
+        ["occurs twice", "remove one"],
+    ),
 }
 
 
-@pytest.mark.parametrize("what", BAD_DATA)
-def test_bad_data_is_a_sentence(studies, tmp_path, capsys, what):
-    root, args = studies
-    shutil.copytree(root / "petct", tmp_path / "in")
-    change, words = BAD_DATA[what]
-    change(tmp_path / "in")
-    out = tmp_path / "r"
-    args = [str(tmp_path / "in") if a == str(root / "petct") else a for a in args]
-    said = refused(train.main, [*args, "--out", str(out)], capsys)
-    assert all(w in said for w in words), said
-    assert not out.exists()
-
-
-def refused(main, args, capsys) -> str:
-    """Run a program as from the command line: it must say one line, without a traceback, and leave with 2. Returns the line."""
+def error_of(main, args, capsys) -> str:
+    """Run a program that must print one error line, without a traceback, and exit with 2."""
     before = sys.argv
     sys.argv = ["program", *map(str, args)]
     try:
         with pytest.raises(SystemExit) as left:
-            train.program(main)
+            run_program(main)
     finally:
         sys.argv = before
     assert left.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # not the progress bar
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line and "%|" not in line]  # without progress bars
     assert line.startswith("error: ") and len(line) < 500
     return line
 
 
-OPTIONS = {
-    "a split that leaks": ('[{"train": ["PETCT_0000", "PETCT_0001"], "val": ["PETCT_0001"]}]', ["training and validation"]),
-    "a split of unknown cases": ('[{"train": ["PETCT_0000"], "val": ["Smith"]}]', ["names ['Smith'], which the data does not hold"]),
-    "a split that is none": ("{", ["expected a JSON list"]),
-    "strides": ("--patch 40 32 32", ["size (40, 32, 32)", "multiples of 16", "use (32, 32, 32)"]),
-    "a model": ("--model v7", ["no version 'v7'"]),
-    "a GPU": ("--device cuda", ["sees no CUDA device", "use --device cpu"]),
-    "Triton": ("--kernels triton", ["Triton kernels were asked for"]),
+@pytest.mark.parametrize("defect", BAD_DATA)
+def test_bad_data_gives_a_clear_message(studies, tmp_path, capsys, defect):
+    root, args = studies
+    shutil.copytree(root / "petct", tmp_path / "in")
+    change, words = BAD_DATA[defect]
+    change(tmp_path / "in")
+    args = with_root(args, root / "petct", tmp_path / "in")
+    message = error_of(train.main, [*args, "--out", tmp_path / "r"], capsys)
+    assert all(w in message for w in words), message
+    assert not (tmp_path / "r").exists()
+
+
+OPTIONS = {  # options, or the content of a file of splits, and words of the message
+    "a split that leaks": (
+        '[{"train": ["PETCT_0000", "PETCT_0001"], "val": ["PETCT_0001"]}]',
+        ["training and validation"],
+    ),
+    "a split with unknown cases": (
+        '[{"train": ["PETCT_0000"], "val": ["Smith"]}]',
+        ["names ['Smith'], which the data does not hold"],
+    ),
+    "a split that is no JSON": ("{", ["expected a JSON list"]),
+    "a patch that the strides do not divide": (
+        "--patch 40 32 32",
+        ["size (40, 32, 32)", "multiples of 16", "use (32, 32, 32)"],
+    ),
+    "an unknown model": ("--model v7", ["no version 'v7'"]),
+    "a missing GPU": ("--device cuda", ["sees no CUDA device", "use --device cpu"]),
+    "Triton without a GPU": ("--kernels triton", ["Triton kernels were asked for"]),
     "no steps": ("--steps 0", ["give 1 or more"]),
-    "overlap": ("--overlap 1.5", ["between 0 and 0.9"]),
-    "a fold": ("--fold 9", ["there are folds 0 to 1"]),
-    "a file for a folder": ("--out {file}", ["a file; name a folder"]),
+    "too much overlap": ("--overlap 1.5", ["give 0.9 or less"]),
+    "an unknown fold": ("--fold 9", ["there are folds 0 to 1"]),
+    "a file as the run folder": ("--out {file}", ["a file; name a folder"]),
 }
 
 
-@pytest.mark.parametrize("what", OPTIONS)
-def test_options_that_cannot_work_are_a_sentence(studies, tmp_path, capsys, monkeypatch, what):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_impossible_options_give_a_clear_message(studies, tmp_path, capsys, monkeypatch, option):
     _, args = studies
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train.kernels, "INTERPRETED", False)
-    text, words = OPTIONS[what]
-    (tmp_path / "file").write_text(text)
-    more = text.format(file=tmp_path / "file").split() if text.startswith("--") else ["--splits", tmp_path / "file"]
-    said = refused(train.main, [*args, "--out", tmp_path / "r", *more], capsys)
-    assert all(w in said for w in words), said
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    text, words = OPTIONS[option]
+    file = tmp_path / "file"
+    file.write_text(text)
+    more = ["--splits", file]
+    if text.startswith("--"):
+        more = text.format(file=file).split()
+    message = error_of(train.main, [*args, "--out", tmp_path / "r", *more], capsys)
+    assert all(w in message for w in words), message
+    assert names_in(tmp_path) == {"file"}
 
 
-def test_a_checkpoint_of_something_else_is_a_sentence(studies, tmp_path, capsys):
-    """Another model, preset or version, half a file, a stranger's: for prediction and for going on."""
-    import predict
-
-    root, args = studies
+def test_prediction_refuses_unsuitable_checkpoints_and_options(studies, tmp_path, capsys):
+    root, _ = studies
     pet = root / "petct" / SUV
+    mask = tmp_path / "m.nii.gz"
 
-    def ask(weights, *more):
-        return refused(predict.main, ["--checkpoint", weights, "--out", tmp_path / "m.nii.gz", *(more or ["--pet", pet])], capsys)
+    def message(*args):
+        return error_of(predict.main, args, capsys)
 
-    assert "of brain: give --image" in ask(checkpoint(tmp_path / "brain.pt", data="brain", model="v2"))
-    assert "an ensemble needs networks of one kind" in refused(
-        predict.main,
-        ["--checkpoint", checkpoint(tmp_path / "a.pt"), tmp_path / "brain.pt", "--pet", pet, "--out", tmp_path / "m.nii"],
-        capsys,
-    )
-    assert "does not fit the network it names" in ask(checkpoint(tmp_path / "wide.pt", channels=[4, 4, 4, 4, 4]))
-    relabelled = tmp_path / "v9.pt"  # by a later version of this project, say
-    state = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save(state | {"config": state["config"] | {"model": "v9"}}, relabelled)
-    assert "does not fit the network it names (v9)" in ask(relabelled)
+    def message_for(*weights):
+        return message("--checkpoint", *weights, "--pet", pet, "--out", mask)
+
+    good = checkpoint(tmp_path / "a.pt")
+    brain = checkpoint(tmp_path / "brain.pt", data="brain", model="v2")
+    assert "of brain: give --image" in message_for(brain)
+    assert "an ensemble needs networks of one kind" in message_for(good, brain)
+    wide = checkpoint(tmp_path / "wide.pt", channels=[4, 4, 4, 4, 4])
+    assert "does not fit the network it names" in message_for(wide)
     half = tmp_path / "half.pt"
-    half.write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
-    assert "not a checkpoint of train.py, or cut short; give a run's best.pt" in ask(half)
+    half.write_bytes(good.read_bytes()[:5000])
+    expected = "not a checkpoint of train.py, or cut short; give a run's best.pt"
+    assert expected in message_for(half)
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "it holds no config" in ask(tmp_path / "other.pt")
-    assert "no such checkpoint" in ask(tmp_path / "none.pt")
-    assert "never overwritten" in refused(predict.main, ["--checkpoint", tmp_path / "a.pt", "--pet", pet, "--out", pet], capsys)
-    with_kernels = ["--checkpoint", tmp_path / "a.pt", "--pet", pet, "--out", tmp_path / "m.nii", "--kernels", "fast"]
-    assert "use one of auto, triton, plain" in refused(predict.main, with_kernels, capsys)
-    assert not list(tmp_path.glob("m.nii*"))
+    assert "it holds no config" in message_for(tmp_path / "other.pt")
+    assert "no such checkpoint" in message_for(tmp_path / "none.pt")
+    assert "never overwritten" in message("--checkpoint", good, "--pet", pet, "--out", pet)
+    one = ("--checkpoint", good, "--pet", pet, "--out", mask)
+    assert "use one of auto, triton, plain" in message(*one, "--kernels", "fast")
+    assert not mask.exists()
 
-    train.main([*args, "--model", "v1", "--steps", "1", "--out", str(tmp_path / "r")])
-    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+
+def test_prediction_refuses_a_model_of_a_later_version(studies, tmp_path, capsys):
+    root, _ = studies
+    state = torch.load(checkpoint(tmp_path / "a.pt"), weights_only=True)
+    later = tmp_path / "v9.pt"
+    torch.save(state | {"config": state["config"] | {"model": "v9"}}, later)
+    args = ["--checkpoint", later, "--pet", root / "petct" / SUV, "--out", tmp_path / "m.nii.gz"]
+    assert "does not fit the network it names (v9)" in error_of(predict.main, args, capsys)
+
+
+def test_resuming_refuses_another_model(studies, tmp_path, capsys):
+    _, args = studies
+    folder = tmp_path / "r"
+    train.main([*args, "--model", "v1", "--steps", "1", "--out", str(folder)])
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
     capsys.readouterr()
-    said = refused(train.main, ["--resume", "--out", tmp_path / "r", "--model", "v2"], capsys)
-    assert "of a run with --model v1, not v2; leave that option out" in said
-    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == before
+    message = error_of(train.main, ["--resume", "--out", folder, "--model", "v2"], capsys)
+    assert "of a run with --model v1, not v2; leave that option out" in message
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_patch_larger_than_the_volume_is_padded(studies, tmp_path):
     _, args = studies
-    train.main([*args, "--patch", "96", "64", "128", "--steps", "1", "--model", "v1", "--out", str(tmp_path / "r")])
-    (case,) = {c.name: c for c in train.load_cases(train.parse_config(args))[0][:1]}.values()
-    assert case.array("label").shape[0] < 96 and (tmp_path / "r" / "best.pt").exists()
+    out = tmp_path / "r"
+    patch = ["--patch", "96", "64", "128"]
+    train.main([*args, *patch, "--steps", "1", "--model", "v1", "--out", str(out)])
+    training, _ = train.load_cases(train.parse_config(args))
+    assert training[0].array("label").shape[0] < 96
+    assert (out / "best.pt").exists()
 
 
-def test_an_error_from_a_loader_or_a_preprocessing_process_is_the_same_sentence(studies, tmp_path):
+def test_an_error_in_a_preprocessing_process_gives_the_same_message(studies, tmp_path):
     root, args = studies
     shutil.copytree(root / "petct", tmp_path / "in")
     (tmp_path / "in" / SUV).write_bytes(b"nonsense")
-    args = [str(tmp_path / "in") if a == str(root / "petct") else str(tmp_path / "c") if a == str(root / "cache") else a for a in args]
+    args = with_root(args, root / "petct", tmp_path / "in")
+    args = with_root(args, root / "cache", tmp_path / "c")
     done = call([*args, "--out", tmp_path / "r"])
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
-    assert not [p for p in (tmp_path / "c").iterdir() if p.name.startswith(".")] and data.find_petct(tmp_path / "in")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: ") and "not a readable NIfTI file" in message
+    assert not [name for name in names_in(tmp_path / "c") if name.startswith(".")]
+    assert len(data.find_petct(tmp_path / "in")) == 6
 
 
-def test_a_reader_that_has_read_enough_is_no_error():
-    """`replicate.py --list | head`: no traceback."""
-    process = start(["--list"], program="replicate.py", stdout=(pipe := os.pipe())[1])
-    os.close(pipe[0])
-    os.close(pipe[1])
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == 1
+def test_a_reader_that_closes_the_pipe_causes_no_traceback():
+    """As in `replicate.py --list | head`."""
+    reader, writer = os.pipe()
+    process = start(["--list"], program="replicate.py", stdout=writer)
+    os.close(reader)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert err == "" and process.returncode == 1
