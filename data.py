@@ -27,10 +27,10 @@ from files import (
     UserError,
     atomic_write,
     clean_parts,
-    glance,
     read_header,
     read_nifti,
     same_grid,
+    size_and_sample,
     writing,
 )
 
@@ -315,7 +315,7 @@ def refuse_duplicates(cases: list[Case]) -> None:
     seen = {}
     for case in cases:
         image = case.images[-1]
-        files = tuple(glance(path) for path in case.files())
+        files = tuple(size_and_sample(path) for path in case.files())
         keys = {case.name: f"case {case.name} occurs twice", files: "one study under two names"}
         for key, problem in keys.items():
             if key and key in seen:

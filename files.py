@@ -160,7 +160,7 @@ def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
         raise UserError(f"{grids}: not on one grid; resample one to the other first")
 
 
-def glance(path: Path) -> tuple[int, bytes]:
+def size_and_sample(path: Path) -> tuple[int, bytes]:
     """Return a file's size and 64 KB from its middle: enough to tell two scans apart."""
     size = path.stat().st_size
     with open(path, "rb") as f:
