@@ -1,8 +1,6 @@
-"""The paper's claims as experiments: the list is sound, nothing is run twice or lost, intervals and verdicts are what they say they are."""
+"""The replication: sound experiments, permanent keys, no run repeated or lost."""
 
-import csv
 import json
-import math
 import os
 import shutil
 import signal
@@ -12,50 +10,60 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from scipy import stats
 
 import claims
 import replicate
 import train
-from claims import CLAIMS, EXPERIMENTS, NOT_SEEN, OPEN, SEEN, Claim, Estimate, Order, judge, read_rows, verdict
+from claims import CLAIMS, EXPERIMENTS, read_rows
+from config import Config, parse_config
 from files import UserError
-from metrics import bootstrap_means, interval, write_table
-from mirror_unet import VERSIONS, MirrorOutput
+from mirror_unet import MirrorOutput
 
 TINY = "--phantoms 6 --spacing 10 10 10 --patch 32 32 32 --channels 2 3 4 5 6 --folds 2".split()
+FOLDS = [[["a", "b"], ["c", "d"]], [["c", "d"], ["a", "b"]]]  # [training, held-out] per fold
 
 
-# ------------------------------------------------------------------------------------------------------- the experiments
-def test_each_claim_has_its_experiments_and_each_experiment_its_claim():
+# ---------------------------------------------------------------------------------- the experiments
+def test_every_claim_has_experiments_and_every_experiment_a_claim():
     assert {c.number for c in CLAIMS} == set(range(1, 10))
     defined = [(e.data, e.name) for e in EXPERIMENTS]
     assert len(set(defined)) == len(defined)
     named = {(c.data, name) for c in CLAIMS for name in claims.systems_of(c)}
     assert named == set(defined)
-    assert all(o.measure in claims.MEASURES and o.better != o.worse for c in CLAIMS for o in c.orders)
-    assert [e.name for e in claims.experiments_for([1], [], "laptop")] == ["v1", "v2", "v3", "v4"]
-    assert [e.name for e in claims.experiments_for([2], [], "laptop")] == ["v2", "v2 noise", "v2 none"]
-    assert {e.name for e in claims.experiments_for([2], [], "paper")} >= {"v1 none", "v3 noise"}
+    orders = [o for c in CLAIMS for o in c.orders]
+    assert all(o.measure in claims.MEASURES and o.better != o.worse for o in orders)
+
+
+def test_the_presets_choose_the_experiments_of_a_claim():
+    def names(number: int, preset: str) -> list[str]:
+        return [e.name for e in claims.experiments_for([number], [], preset)]
+
+    assert names(1, "laptop") == ["v1", "v2", "v3", "v4"]
+    assert names(2, "laptop") == ["v2", "v2 noise", "v2 none"]
+    assert set(names(2, "paper")) >= {"v1 none", "v3 noise"}
     assert {e.data for e in claims.experiments_for([6], [], "laptop")} == {"brain"}
 
 
-def test_each_experiments_options_are_train_pys():
-    """Of the systems whose network is here, and no two of one data are the same run."""
-    configs = []
+def test_experiments_are_valid_options_of_train_py_and_no_two_are_the_same_run():
+    options = set()
     for e in EXPERIMENTS:
-        model = e.options.split()[1]
-        if model in VERSIONS["petct"] or (ROOT / "baselines.py").exists():
-            common = replicate.PRESETS["laptop"][e.data].split() + (["--root", "x"] if e.data == "petct" else [])
-            c = train.parse_config([*common, *e.options.split()])
-            assert c.model == model and c.steps < 1000 and not c.minutes and not c.flips
-            configs.append((e.data, json.dumps(replicate.options_that_matter(c))))
-    assert len(configs) >= 20 and len(set(configs)) == len(configs)
-    share = {e.name: train.parse_config(e.options.split()).share for e in EXPERIMENTS if "share" in e.name}
-    assert share["v2 share 3"] == (3,) and share["v2 share 4 5 6"] == (4, 5, 6) and len(share) == 6
+        common = replicate.PRESETS["laptop"][e.data].split()
+        if e.data == "petct":
+            common += ["--root", "x"]
+        c = parse_config([*common, *e.options.split()])
+        assert c.model == e.options.split()[1]
+        assert c.steps < 1000 and not c.minutes and not c.flips
+        options.add((e.data, json.dumps(replicate.options_that_matter(c))))
+    assert len(options) == len(EXPERIMENTS)
+    shares = [e for e in EXPERIMENTS if "share" in e.name]
+    found = {e.name: parse_config(e.options.split()).share for e in shares}
+    assert found == {
+        "v2 share 3": (3,), "v2 share 4": (4,), "v2 share 6": (6,), "v2 share 7": (7,),
+        "v2 share 4 5 6": (4, 5, 6), "v2 share 3 4 5 6 7": (3, 4, 5, 6, 7),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -71,40 +79,127 @@ def test_each_experiments_options_are_train_pys():
         ("--claims 1 --jobs -2", "give 1 or more"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_a_sentence(args, message, monkeypatch, tmp_path):
+def test_impossible_requests_get_a_clear_message(args, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(replicate, "splits_of", lambda c: FOLDS)
+    monkeypatch.setattr(replicate, "find_folds", lambda c: FOLDS)
     with pytest.raises(UserError, match=message):
         replicate.main(args.split())
 
 
-# ------------------------------------------------------------------------------------------------------------- the runs
-FOLDS = [[["a", "b"], ["c", "d"]], [["c", "d"], ["a", "b"]]]
+# --------------------------------------------------------------------------------------------- keys
+def plan(command: str) -> list[replicate.Run]:
+    return replicate.plan(*replicate.parse_arguments(command.split()))
+
+
+def folds_in_results(rows: list[dict]) -> list[list[list[str]]]:
+    """The folds of finished runs: a fold trains on all cases that it does not hold out."""
+    cases = {r["case"] for r in rows}
+    folds = []
+    for fold in range(int(rows[0]["folds"])):
+        held_out = {r["case"] for r in rows if r["fold"] == str(fold)}
+        folds.append([sorted(cases - held_out), sorted(held_out)])
+    return folds
+
+
+@pytest.mark.parametrize(
+    "source,command,runs",
+    [
+        ("petct", "--claims 1 2 3 4 5 8 --root x", 101),
+        ("phantom", "--claims 9", 10),
+        ("brain", "--claims 6", 19),
+    ],
+)
+def test_the_finished_runs_of_this_repository_keep_their_keys(source, command, runs, monkeypatch):
+    """If a key changed, hours of finished runs would be repeated."""
+    rows = read_rows(ROOT / "results" / f"{source}.csv")
+    folds = folds_in_results(rows)
+    monkeypatch.setattr(replicate, "find_folds", lambda c: folds)
+    planned = {r.key: [r.study, r.experiment.name, r.fold, r.seed] for r in plan(command)}
+    finished = {r["run"]: [r["study"], r["system"], int(r["fold"]), int(r["seed"])] for r in rows}
+    assert len(finished) == runs
+    assert {key: planned.get(key) for key in finished} == finished
+
+
+# The options of the first version in its order, without those of the machine, by today's names.
+FIRST_OPTIONS = """
+    data phantoms spacing ct_window suv_window negatives fold patch batch patches_per_case
+    foreground_fraction flip flip_axes rotate scale intensity gamma model tasks skips share channels
+    norm ct_weight corrupt cube cubes sigma lambda_seg lambda_rec lambda_cls steps minutes optimizer
+    lr weight_decay schedule clip ema seed amp validations overlap threshold flips
+""".split()
+
+
+def test_a_key_consists_of_the_first_names_of_all_changed_options():
+    """Every option of the first version differs from its default; that version gave this digest."""
+
+    def other(value):
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, int | float):
+            return value + 1
+        return value + "x" if isinstance(value, str) else (*value, 1)
+
+    assert replicate.options_that_matter(Config()) == {}
+    c = Config(**{name: other(getattr(Config(), name)) for name in FIRST_OPTIONS})
+    options = replicate.options_that_matter(c)
+    assert len(options) == len(FIRST_OPTIONS) and "positive" in options
+    assert replicate.digest(options) == "8920d4ba372d"
+
+
+def test_options_of_the_machine_are_not_part_of_the_key(monkeypatch):
+    monkeypatch.setattr(replicate, "find_folds", lambda c: FOLDS)
+    before = plan("--claims 1 --root x --folds 0")
+    machine = "--device cpu --cache elsewhere --workers 3 --no-channels-last --checkpoint-minutes 9"
+    for now, same in ((f"--root y --folds 0 -- {machine}", True), ("--root x --folds 1", False)):
+        after = plan(f"--claims 1 {now}")
+        assert ([r.key for r in after] == [r.key for r in before]) is same
+        assert [r.study for r in after] == [r.study for r in before]
+
+
+def test_a_run_that_serves_two_claims_is_made_once(monkeypatch):
+    """AutoPET has patients without tumor: with the paper's preset, claim 9 uses claim 1's runs,
+    while the laptop trains them on the phantom."""
+    monkeypatch.setattr(replicate, "find_folds", lambda c: FOLDS)
+    paper = plan("--preset paper --claims 1 9 --root x --folds 0")
+    found = [(r.source, r.experiment.name) for r in paper]
+    assert found == [("petct", v) for v in ("v1", "v2", "v3", "v4")]
+    laptop = plan("--preset laptop --claims 1 9 --root x --folds 0")
+    assert {r.source for r in laptop} == {"petct", "phantom"} and len(laptop) == 6
+
+
+# --------------------------------------------------------------- runs, with a stand-in for train.py
 FAKE = """
-    import csv, json, os, pathlib, sys, time
+    import json, os, pathlib, sys
     folder, argv = pathlib.Path(sys.argv[1]), sys.argv[2:]
     model, fold = argv[argv.index("--model") + 1], argv[argv.index("--fold") + 1]
-    with open("started.txt", "a") as f: f.write(f"{model} {fold}\\n")
+    with open("started.txt", "a") as f:
+        f.write(f"{model} {fold}\\n")
     print("step 1\\rstep 2")
     if os.path.exists("slow"):
-        os.read(0, 1)  # until the parent lets go
+        os.read(0, 1)  # until the parent closes the pipe
         sys.exit(1)
-    if os.path.exists(f"fail {model}"): sys.exit("error: the disk is full")
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": 0.5, "seconds": 1.5}) + "\\n" + json.dumps({"val": {}}) + "\\n")
+    if os.path.exists(f"fail {model}"):
+        sys.exit("error: the disk is full")
+    log = [{"step": 7, "loss": 0.5, "seconds": 1.5}, {"val": {}}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in log))
     with open(folder / "validation.csv", "w") as f:
         f.write("case,target,dice,fpv_ml,fnv_ml,pred_ml,truth_ml,has_tumor,tumor_score\\n")
         for case in ("c", "d") if fold == "0" else ("a", "b"):
-            f.write(f"{case},seg,0.{ord(case)}{ord(model[-1])},0.1234567890123456,,3,4,True,\\n")
+            dice = f"0.{ord(case)}{ord(model[-1])}"
+            f.write(f"{case},seg,{dice},0.1234567890123456,,3,4,True,\\n")
 """
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """replicate.py with a train.py of milliseconds, in an empty folder. Call it with options; it returns which runs were started."""
+    """replicate.py in an empty folder, with a train.py that takes milliseconds.
+
+    Call it with options; it returns which runs were started, as "MODEL FOLD".
+    """
     (tmp_path / "fake.py").write_text(textwrap.dedent(FAKE))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(replicate, "COMMAND", [sys.executable, str(tmp_path / "fake.py")])
-    monkeypatch.setattr(replicate, "splits_of", lambda c: FOLDS)
+    monkeypatch.setattr(replicate, "find_folds", lambda c: FOLDS)
 
     def call(*args: str) -> list[str]:
         Path("started.txt").write_text("")
@@ -114,230 +209,226 @@ def fake(tmp_path, monkeypatch):
     return call
 
 
-def test_a_run_that_ended_is_never_repeated_and_other_options_are_another_run(fake, capsys):
-    four = ["v1 0", "v2 0", "v3 0", "v4 0"]
-    assert fake() == four  # the stand-in's first fold
+FOUR = ["v1 0", "v2 0", "v3 0", "v4 0"]  # claim 1 on the first fold of the stand-in for PET/CT
+
+
+def test_a_finished_run_is_never_repeated(fake, capsys):
+    assert fake() == FOUR
     assert "[4/4] demo, v" in capsys.readouterr().out
     assert fake() == []
     assert "4 runs, 4 of them in results already" in capsys.readouterr().out
     before = Path("results/demo.csv").read_bytes()
-    shutil.rmtree("runs")  # a fresh clone: only the csv file is there
+    shutil.rmtree("runs")  # as in a fresh clone: only the csv file is left
     assert fake("--folds", "0", "1") == ["v1 1", "v2 1", "v3 1", "v4 1"]
     assert fake("--only", "v2", "--seeds", "0", "3", "--folds", "1") == ["v2 1"]
-    assert fake("--", "--lr", "0.5") == four and fake("--", "--lr", "0.5", "--device", "cpu", "--cache", "elsewhere") == []
     after = Path("results/demo.csv").read_bytes()
-    rows = read_rows(Path("results/demo.csv"))
-    assert set(before.splitlines()) <= set(after.splitlines()) and len(rows) == 2 * (4 + 4 + 1 + 4)
-    one = next(r for r in rows if r["system"] == "v2" and r["fold"] == "0")
-    want = {"case": "c", "fpv_ml": "0.1234567890123456", "fnv_ml": "", "steps": "7", "seconds": "1.5", "folds": "2", "ct_clean": ""}
-    assert want.items() <= one.items() and "--model v2 --fold 0 --seed 0" in one["options"] and len(one["commit"]) >= 7
+    assert set(before.splitlines()) <= set(after.splitlines())
     assert "## Study" in Path("results/demo.md").read_text() and Path("results/demo.png").exists()
 
 
-def test_the_first_estimate_knows_the_networks_of_full_resolution(fake, capsys):
+def test_other_options_make_another_run_and_those_of_the_machine_do_not(fake):
+    assert fake() == FOUR
+    assert fake("--", "--lr", "0.5") == FOUR
+    assert fake("--", "--lr", "0.5", "--device", "cpu", "--cache", "elsewhere") == []
+    assert len(read_rows(Path("results/demo.csv"))) == 2 * (4 + 4)
+
+
+def test_the_row_of_a_run(fake):
+    fake("--only", "v2", "--", "--cache", "elsewhere")
+    row = read_rows(Path("results/demo.csv"))[0]
+    assert len(row.pop("run")) == len(row.pop("study")) == 12 and len(row.pop("commit")) >= 7
+    common = replicate.PRESETS["laptop"]["demo"]
+    assert row == {
+        "preset": "laptop", "system": "v2", "fold": "0", "folds": "2", "seed": "0", "case": "c",
+        "target": "seg", "dice": "0.9950", "fpv_ml": "0.1234567890123456", "fnv_ml": "",
+        "pred_ml": "3", "truth_ml": "4", "has_tumor": "True", "tumor_score": "", "ct_clean": "",
+        "ct_noise": "", "ct_shuffle": "", "steps": "7", "seconds": "1.5",
+        "options": f"{common} --model v2 --fold 0 --seed 0",
+    }  # fmt: skip
+
+
+def test_the_first_time_estimate_knows_the_networks_of_full_resolution(fake, capsys):
     fake("--claims", "5", "--only", "v1", "v2", "nnunet", "--folds", "0", "1")
     assert "about 40 min at 5 minutes" in capsys.readouterr().out  # (4 x 5 + 2 x 30) / 2
     fake("--claims", "5", "--only", "v3", "blackbean", "--jobs", "5")
-    assert "about 30 min at 5 minutes" in capsys.readouterr().out  # the longest
+    assert "about 30 min at 5 minutes" in capsys.readouterr().out  # the longest run
 
 
-def test_a_run_that_fails_stops_no_other_and_is_named(fake, capsys):
+def test_a_failed_run_is_named_and_stops_no_other(fake):
     Path("fail v2").touch()
     with pytest.raises(SystemExit) as error:
         fake()
-    named = "1 of 4 runs failed:\ndemo, v2, fold 0, seed 0: error: the disk is full (all of it: runs/replicate/laptop/demo/v2-"
-    assert named in str(error.value)
+    expected = (
+        "1 of 4 runs failed:\ndemo, v2, fold 0, seed 0: error: the disk is full "
+        "(full log: runs/replicate/laptop/demo/v2-"
+    )
+    assert str(error.value).startswith(expected)
     assert {r["system"] for r in read_rows(Path("results/demo.csv"))} == {"v1", "v3", "v4"}
     Path("fail v2").unlink()
     assert fake() == ["v2 0"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_lets_the_runs_save_and_says_how_to_go_on(fake, number):
+def test_an_interrupt_lets_the_runs_save_and_says_how_to_resume(fake, number, monkeypatch):
     Path("slow").touch()
-    starting = replicate.start
+    start = replicate.start
 
-    def start_and_signal(run, *args):
-        process = starting(run, *args)
+    def start_and_interrupt(run, *args):
+        process = start(run, *args)
         if run.experiment.name == "v2":
             os.kill(os.getpid(), number)
         return process
 
-    replicate.start = start_and_signal
-    try:
-        with pytest.raises(SystemExit, match="stopped with 0 of 4 runs ended; the same command goes on"):
-            fake()
-    finally:
-        replicate.start = starting
+    monkeypatch.setattr(replicate, "start", start_and_interrupt)
+    with pytest.raises(SystemExit, match="stopped after 0 of 4 runs; the same command resumes"):
+        fake()
+    started = Path("started.txt").read_text().splitlines()
+    assert len(started) <= 2  # no further run was started
     Path("slow").unlink()
-    assert fake() == ["v1 0", "v2 0", "v3 0", "v4 0"]
+    monkeypatch.setattr(replicate, "start", start)
+    assert fake() == FOUR
 
 
-def test_what_serves_two_claims_is_run_once(monkeypatch):
-    """AutoPET has healthy patients: with the paper's preset claim 9's v2 and v3, which the laptop trains on the phantom, are claim 1's."""
-    monkeypatch.setattr(replicate, "splits_of", lambda c: FOLDS)
-    a, extra = replicate.options_of("--preset paper --claims 1 9 --root x --folds 0".split())
-    assert [(r.source, r.experiment.name) for r in replicate.plan(a, extra)] == [("petct", v) for v in ("v1", "v2", "v3", "v4")]
-
-
-def test_rows_are_in_one_order_whatever_ended_first(fake):
+def test_rows_have_one_order_whichever_run_ended_first(fake):
     fake("--folds", "1", "--only", "v3")
     fake("--folds", "0", "1")
-    keys = [(r["system"], r["fold"], r["case"]) for r in read_rows(Path("results/demo.csv"))]
+    rows = read_rows(Path("results/demo.csv"))
+    keys = [(r["system"], r["fold"], r["case"]) for r in rows]
     assert keys == sorted(keys) and len(keys) == 16
 
 
+def test_times_in_words():
+    times = {5: "5 s", 99.4: "99 s", 100: "2 min", 3500: "58 min", 7260: "2 h 1 min"}
+    assert {seconds: replicate.clock(seconds) for seconds in times} == times
+
+
+def test_the_time_left_assumes_the_mean_of_the_finished_runs():
+    now = time.monotonic()
+    running = [replicate.Job(None, None, now - 30), replicate.Job(None, None, now - 500)]
+    left = replicate.time_left([80.0, 120.0], 3, running, jobs=2)
+    assert left == pytest.approx((3 * 100 + 70 + 0) / 2, abs=1)
+
+
 def test_the_reconstruction_error_is_that_of_the_held_out_ct(tmp_path, monkeypatch):
-    """A network that returns its input errs by nothing on the clean CT, and by sigma, in HU, on a noisy one."""
+    """A network that returns its input has no error on the clean CT, and sigma on a noisy one."""
     monkeypatch.chdir(tmp_path)
-    c = train.parse_config(["--model", "v1", "--steps", "1", *TINY])
+    c = parse_config(["--model", "v1", "--steps", "1", *TINY, "--phantoms", "2"])
 
     class Identity(torch.nn.Module):
         def forward(self, x):
             return MirrorOutput(seg=None, ct=x[:, :1])
 
-    monkeypatch.setattr(replicate, "load_model", lambda *a: (Identity(), {}))
+    monkeypatch.setattr(replicate, "load_model", lambda *args: (Identity(), c))
     replicate.reconstruction_errors(tmp_path, c)
     rows = read_rows(tmp_path / "reconstruction.csv")
-    assert {r["case"] for r in rows} == {k.name for k in train.load_cases(c)[1]}
+    assert {r["case"] for r in rows} == {case.name for case in train.load_cases(c)[1]}
+    sigma = 0.3 * 350  # HU
     for r in rows:
         assert float(r["ct_clean"]) < 1e-4
-        assert 0.8 * 105 < float(r["ct_noise"]) < 1.02 * 105  # 0.3 of 350 HU, less where two windows overlap
+        # Where two windows overlap, the mean of their noise is smaller.
+        assert 0.8 * sigma < float(r["ct_noise"]) < 1.02 * sigma
         assert 0 < float(r["ct_shuffle"]) < float(r["ct_noise"])
 
 
-# --------------------------------------------------------------------------------------------- real runs, killed and taken up
-def tiny(folder: Path, steps: int) -> subprocess.Popen:
-    args = ["--claims", "1", "--only", "v2", "v3", "--jobs", "2", "--", *TINY, "--steps", str(steps), "--checkpoint-minutes", "0.01"]
+def test_networks_without_a_reconstruction_of_the_ct_have_no_file(tmp_path):
+    for model in ("v4", "pet", "lf"):
+        c = parse_config(["--model", model, *TINY])
+        replicate.reconstruction_errors(tmp_path, c)  # there is no checkpoint to be read
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- killed programs
+PARENT = """
+    import sys, time
+    import replicate
+    replicate.COMMAND = [sys.executable, "child.py"]
+    run = replicate.Run(None, "demo", "laptop", 0, 1, 0, "key", "study", [], replicate.Path("run"))
+    replicate.start(run, 0, 1)
+    time.sleep(120)
+"""
+CHILD = """
+    import pathlib, signal, sys, threading, time
+    import replicate
+    def save(*_):
+        pathlib.Path("saved").touch()
+        sys.exit()
+    signal.signal(signal.SIGTERM, save)
+    threading.Thread(target=replicate.stop_with_parent, daemon=True).start()
+    pathlib.Path("ready").touch()
+    time.sleep(120)
+"""
+
+
+def wait_for(condition, seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_no_run_outlives_a_killed_parent(tmp_path):
+    for name, text in (("parent.py", PARENT), ("child.py", CHILD)):
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, env=env)
+    try:
+        assert wait_for((tmp_path / "ready").exists, 60)
+        assert not (tmp_path / "saved").exists()
+    finally:
+        parent.kill()  # SIGKILL: the parent can do nothing about it
+        parent.wait()
+    assert wait_for((tmp_path / "saved").exists, 10)
+
+
+def replicate_tiny(folder: Path, steps: int) -> subprocess.Popen:
+    """The program itself, with two tiny networks that are really trained."""
+    args = ["--claims", "1", "--only", "v2", "v3", "--jobs", "2", "--", *TINY]
+    args += ["--steps", str(steps), "--checkpoint-minutes", "0.01"]
+    command = [sys.executable, str(ROOT / "replicate.py"), *args]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "replicate.py"), *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
+def logged_steps(folder: Path) -> list[list[int]]:
+    """The steps in the log of each run."""
+    found = []
+    for log in folder.glob("runs/*/*/*/*/metrics.jsonl"):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        found.append([r["step"] for r in rows if "loss" in r])
+    return found
+
+
 @pytest.mark.slow
-def test_a_replication_killed_in_the_middle_is_the_one_that_went_through(tmp_path):
-    """SIGKILL to replicate.py alone: its runs notice, save and stop. Started again at once, it waits for them and goes on from there."""
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    process = tiny(tmp_path / "whole", 60)
+def test_a_replication_that_is_killed_twice_ends_with_the_same_results(tmp_path):
+    """Only replicate.py is killed; its runs notice, save and stop. Started again at once, it waits
+    for them and resumes them."""
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    through.mkdir()
+    killed.mkdir()
+    process = replicate_tiny(through, 60)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "[2/2]" in out, out
+
+    def count() -> int:
+        logs = killed.glob("runs/*/*/*/*/metrics.jsonl")
+        return sum(log.read_text().count('"loss"') for log in logs)
+
     for _ in range(2):
-        process = tiny(tmp_path / "killed", 60)
-        limit = time.monotonic() + 120
-        steps = lambda: sum(p.read_text().count('"loss"') for p in (tmp_path / "killed").glob("runs/*/*/*/*/metrics.jsonl"))  # noqa: E731
-        before = steps()
-        while steps() < before + 20 and time.monotonic() < limit:
-            time.sleep(0.02)
+        process = replicate_tiny(killed, 60)
+        before = count()
+        wait_for(lambda before=before: count() >= before + 20, 120)
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it came to its end before it was to be killed: give it more steps"
-    process = tiny(tmp_path / "killed", 60)
+        assert process.returncode == -signal.SIGKILL, "it ended before the kill: give more steps"
+    process = replicate_tiny(killed, 60)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "(goes on)" in out, out
-    timeless = lambda name: [r | {"seconds": ""} for r in read_rows(tmp_path / name / "results/demo.csv")]  # noqa: E731
-    rows = [timeless("whole"), timeless("killed")]
-    assert rows[0] == rows[1] and len(rows[0]) >= 4
-    assert all(r["ct_clean"] and r["steps"] == "60" for r in rows[0])
-    for log in (tmp_path / "killed").glob("runs/*/*/*/*/metrics.jsonl"):  # each step once
-        assert [r["step"] for r in map(json.loads, log.read_text().splitlines()) if "loss" in r] == list(range(1, 61))
-    process = tiny(tmp_path / "killed", 60)
+    assert process.returncode == 0 and "(resumes)" in out, out
+
+    expected = [r | {"seconds": ""} for r in read_rows(through / "results/demo.csv")]
+    found = [r | {"seconds": ""} for r in read_rows(killed / "results/demo.csv")]
+    assert found == expected and len(found) >= 4
+    assert all(r["ct_clean"] and r["steps"] == "60" for r in found)
+    assert logged_steps(killed) == 2 * [list(range(1, 61))]  # each step once
+    process = replicate_tiny(killed, 60)
     assert "2 runs, 2 of them in results already" in process.communicate(timeout=60)[0]
-
-
-# ---------------------------------------------------------------------------------------------------- intervals and verdicts
-def test_the_bootstrap_of_two_values_by_hand():
-    """Two values drawn twice: their means are 0, 1/2, 1 with probability 1/4, 1/2, 1/4."""
-    draws = bootstrap_means([0.0, 1.0], resamples=40_000)
-    assert np.bincount((2 * draws).astype(int)) / 40_000 == pytest.approx([0.25, 0.5, 0.25], abs=0.01)
-    assert interval(draws) == (0, 1) and (bootstrap_means([0.0, 1.0], resamples=40_000) == draws).all()
-
-
-def test_cases_of_a_patient_and_trainings_of_a_seed_are_drawn_together():
-    values = np.array([0.0, 0.0, 1.0, 1.0])
-    assert set(bootstrap_means(values, ["a", "a", "b", "b"])) == {0.0, 0.5, 1.0}
-    assert len(set(bootstrap_means(values, ["a", "b", "c", "d"]))) == 5
-    lucky = np.array([[0.0, 1.0]] * 5)  # the second training is better on every case
-    assert set(bootstrap_means(lucky)) == {0.0, 0.5, 1.0}
-    partly = bootstrap_means(np.array([[0.0, math.nan]] * 3 + [[1.0, 1.0]]))  # the unknown counts nowhere
-    assert np.nanmax(partly) == 1 and np.nanmin(partly) == 0 and np.nanmean(partly) == pytest.approx(2 / 5, abs=0.06)
-
-
-def test_the_interval_is_scipys_and_covers_the_truth():
-    rng = np.random.default_rng(0)
-    values = rng.gamma(2.0, size=40)
-    want = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=rng).confidence_interval
-    assert interval(bootstrap_means(values)) == pytest.approx(tuple(want), rel=0.02)
-    inside = [low < 0 < high for low, high in (interval(bootstrap_means(rng.normal(size=40), resamples=500)) for _ in range(400))]
-    assert 0.90 < np.mean(inside) < 0.98
-
-
-def test_the_rule_of_a_verdict():
-    near = np.random.default_rng(0).normal(0, 0.01, 10_000)
-    assert [judge(near + shift) for shift in (0.05, 0.0, -0.05)] == [SEEN, OPEN, NOT_SEEN]
-    assert [judge(near + shift, margin=0.05) for shift in (0.0, 0.05, 0.2, -0.2)] == [SEEN, OPEN, NOT_SEEN, NOT_SEEN]
-    two = Claim(1, "petct", "", (Order("a", "b"), Order("b", "c", "fpv_ml")))
-    found = lambda mean, patients=40: Estimate(mean, near + mean, patients, patients)  # noqa: E731
-    assert verdict(two, [found(0.05), found(-0.05)]) == SEEN  # less FPV is better
-    assert verdict(two, [found(0.05), found(0.0)]) == OPEN
-    assert verdict(two, [found(0.05), found(0.05)]) == NOT_SEEN
-    assert verdict(two, [found(0.05), None]) == OPEN  # not run yet
-    assert verdict(two, [found(-0.05), None]) == NOT_SEEN
-    assert verdict(two, [found(0.05), found(-0.05, patients=9)]) == OPEN
-    many = Claim(1, "petct", "", (Order("a", "b"),) * 50)
-    slightly = found(-0.021)  # reversed at 95 %, but one of fifty may be by chance
-    assert judge(slightly.draws) == NOT_SEEN and verdict(many, [slightly] + [found(0.05)] * 49) == OPEN
-
-
-# -------------------------------------------------------------------------------------------------------------- the report
-def made_up(path: Path, systems: dict[str, float], cases=24, folds=2, target="seg", study="s") -> None:
-    """Results in which a system's Dice is a case's own difficulty plus the system's gain."""
-    hard = np.random.default_rng(0).uniform(0.2, 0.7, cases)
-    rows = []
-    for system, gain in systems.items():
-        for i in range(cases if system != "v3" else cases // 2):  # v3 has done one fold of two
-            ill, fold = i % 4 > 0, i // (cases // folds)
-            score = (0.9 if ill else 0.1) if system == "v3" else ""
-            rows.append({
-                "study": study, "preset": "laptop", "system": system, "fold": fold, "folds": folds, "seed": 0,
-                "case": f"P{i // 2}__{i % 2}", "target": target, "dice": hard[i] + gain + 0.001 * (i % 3) if ill else math.nan,
-                "fpv_ml": 10 - 20 * gain + (i % 5), "fnv_ml": 0.0 if ill else math.nan, "pred_ml": 1.0, "truth_ml": 1.0,
-                "has_tumor": ill, "tumor_score": score, "ct_clean": 20.0, "ct_noise": "", "ct_shuffle": "", "steps": 9, "seconds": 1.0,
-                "commit": "abc1234", "options": f"--data x --model {system}", "run": f"{system}-{fold}-{study}",
-            })  # fmt: skip
-    write_table(rows, path)
-
-
-def test_the_report_on_made_up_results(tmp_path):
-    made_up(tmp_path / "petct.csv", {"v1": 0.1, "v2": 0.15, "v3": 0.2, "v4": 0.0, "ct": -0.1})
-    path = claims.report(tmp_path, "petct")
-    text = path.read_text()
-    assert (tmp_path / "petct.png").stat().st_size > 5000 and "![petct seg](petct.png)" in text
-    mean = np.mean([float(r["dice"]) for r in csv.DictReader(open(tmp_path / "petct.csv")) if r["system"] == "v4" and r["dice"]])
-    assert f"{mean:.3f} [" in next(line for line in text.splitlines() if line.startswith("| v4 | 2 of 2 | 24 |"))
-    v3 = next(line for line in text.splitlines() if line.startswith("| v3 | 1 of 2, incomplete | 12 |"))
-    assert "1.00, 1.00" in v3 and "0.050 [0.050, 0.050]" in v3
-    assert "| v1 | v4 | Dice | 18 | 0.100 [0.100, 0.100] | seen |" in text
-    assert "| v3 | v2 | Dice | 9 | 0.050 [0.050, 0.050] | can't be told at this scale |" in text  # six patients have both
-    assert "| 1 | v4 < v1 < v2 < v3 | **can't be told at this scale** | 3 of 3 |" in text
-    assert "| 4 | every version beats them in FPV | **can't be told at this scale** | 4 of 20 |" in text
-    assert "Not run: claims 2, 3, 7, 8." in text and "| 6 |" not in text
-
-
-def test_results_that_may_not_be_compared_are_reported_apart(tmp_path):
-    made_up(tmp_path / "a.csv", {"v2": 0.1, "v4": 0.0})
-    made_up(tmp_path / "b.csv", {"v2": 0.0}, study="other")
-    write_table([*read_rows(tmp_path / "b.csv"), *read_rows(tmp_path / "a.csv")], tmp_path / "petct.csv")
-    text = claims.report(tmp_path, "petct").read_text()
-    assert text.index("## Study s\n") < text.index("## Study other\n") and (tmp_path / "petct_other.png").exists()
-    assert text.count("| v2 | 2 of 2 | 24 |") == 2
-    assert claims.report(tmp_path, "brain") is None
-
-
-def test_the_brains_targets_have_a_table_each(tmp_path):
-    for target in ("core", "edema"):
-        made_up(tmp_path / f"{target}.csv", {"v1": 0.0, "v2": 0.1}, target=target)
-    write_table([r for t in ("core", "edema") for r in read_rows(tmp_path / f"{t}.csv")], tmp_path / "brain.csv")
-    text = claims.report(tmp_path, "brain").read_text()
-    assert "**core**" in text and "**edema**" in text and (tmp_path / "brain_edema.png").exists()
-    assert "| v2 | v1 | Dice, core | 18 | 0.100" in text and "**can't be told at this scale** | 2 of 8 |" in text
