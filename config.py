@@ -145,7 +145,7 @@ class Config:
     # ------------------------------------------------------------------------------- what it means
     @property
     def task(self) -> str:
-        """ "petct" or "brain"."""
+        """The kind of study: "petct" or "brain"."""
         return "brain" if self.data in ("brain", "phantom-brain") else "petct"
 
     @property
@@ -206,7 +206,8 @@ class Config:
         values = {renamed.get(name, name): value for name, value in values.items()}
         unknown = sorted(set(map(str, values)) - set(FIELDS))
         if unknown:
-            raise UserError(f"{source}: unknown options {unknown[:5]}; written by another version?")
+            names = f"{unknown[:5]!r:.200}"
+            raise UserError(f"{source}: unknown options {names}; written by another version?")
         checked = {}
         for name, value in values.items():
             try:
@@ -276,7 +277,7 @@ def as_argument(name: str, value) -> str:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {show(value)}"
+    return f"--{option} {show(value)}".rstrip()  # an empty tuple has no words
 
 
 def check_value(f: dataclasses.Field, value):
@@ -289,7 +290,10 @@ def check_value(f: dataclasses.Field, value):
             raise ValueError(f"takes {allowed['count']} numbers, got {len(value)}")
         if allowed["choices"] and len(set(map(str, value))) < len(value):
             raise ValueError(f"names a value twice: {show(tuple(value)):.80}")
-        return tuple(_check_one(typing.get_args(f.type)[0], v, allowed) for v in value)
+        numbers = tuple(_check_one(typing.get_args(f.type)[0], v, allowed) for v in value)
+        if allowed["count"] == 2 and not numbers[0] < numbers[1]:  # a window
+            raise ValueError(f"{show(numbers)}: the first number must be the smaller one")
+        return numbers
     return _check_one(f.type, value, allowed)
 
 
@@ -302,11 +306,11 @@ def _check_one(kind, value, allowed):
     low, high, choices = allowed["low"], allowed["high"], allowed["choices"]
     if choices and value not in choices:
         names = ", ".join(str(c) for c in choices if c != "")
-        raise ValueError(f"{value!s:.80}: use one of {names}")
+        raise ValueError(f"{value!r:.80}: use one of {names}")
     if low is not None and value < low:
-        raise ValueError(f"{value:g}: give {low:g} or more")
+        raise ValueError(f"{value!r:.80}: give {low:g} or more")
     if high is not None and value > high:
-        raise ValueError(f"{value:g}: give {high:g} or less")
+        raise ValueError(f"{value!r:.80}: give {high:g} or less")
     return value
 
 
@@ -322,11 +326,6 @@ def check(c: Config) -> None:
     c.corrupt = c.corrupt or ("shuffle" if reconstructs else "none")
     if c.data in ("petct", "brain") and not c.root:
         raise UserError(f"--data {c.data} needs --root, the folder of the studies")
-    for name in ("ct_window", "suv_window"):
-        low, high = getattr(c, name)
-        if not low < high:
-            pair = as_argument(name, (low, high))
-            raise UserError(f"{pair}: the first number must be the smaller one")
     if c.ct_weight != "learnable":
         try:
             ok = 0 <= float(c.ct_weight) <= 1

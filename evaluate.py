@@ -57,7 +57,7 @@ def true_mask(labels: np.ndarray, target: str) -> np.ndarray:
 def suv_threshold(
     train: list[CachedCase], val: list[CachedCase], most: int = 100
 ) -> tuple[float, list[dict]]:
-    """What no network would reach: "tumor is where SUV >= t", with the best t for training studies.
+    """Segment without a network: tumor is SUV >= t, with the t that is best for training studies.
 
     At most `most` training studies are read. Everything is computed on the files' own grids and
     values, as a network is scored, because its SUV window may end below the best threshold.
