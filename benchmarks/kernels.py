@@ -1,11 +1,13 @@
-"""Time, bandwidth and memory of the three operations, ours and the peers'; on a GPU if there is one, else the plain paths on the CPU.
+"""Time, bandwidth and memory of the three operations, ours and the peers'.
 
     python benchmarks/kernels.py [--quick] [--csv results/kernels.csv] [--op dice_ce ...]
 
-Each row: one op, shape, dtype, layout, pass (fwd, bwd, full) and contender. Contenders take turns, and a row's time is the median of
-its turns; `ratio` is that time over ours (above 1: ours is faster). On a GPU also `share`, the bandwidth of the bytes that the maths
-needs (the least, whatever the contender really moves) over that of a device-to-device copy, and `peak_mib`, the memory that a call
-allocates on top of its inputs. Rows are appended to the CSV with the device's name, versions and commit.
+Runs on a GPU if there is one, else the plain paths on the CPU. Each row is one op, shape, dtype,
+layout, pass (fwd, bwd, full) and contender. Contenders take turns, and a row's time is the median
+of its turns; `ratio` is that time over ours (above 1: ours is faster). On a GPU also: `share`, the
+bandwidth over that of a device-to-device copy, computed from the bytes that the maths needs (the
+least, whatever the contender really moves), and `peak_mib`, the memory that a call allocates on top
+of its inputs. Rows are appended to the CSV with the device's name, versions and commit.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from pathlib import Path
 import torch
 from peers import INSTALL, LAYOUTS, OPS, arguments, contenders
 
-# Shapes of this model: the logits, features of the levels (16 channels at full resolution, 64 two levels down), the CT input.
+# Shapes of this model: the logits, the features of its levels (16 channels at full resolution, 64
+# two levels down), the CT input.
 SHAPES = {
     "dice_ce": [(2, 2, 96, 96, 96)],
     "norm_act": [(2, 16, 96, 96, 96), (2, 64, 24, 24, 24)],
@@ -28,43 +31,52 @@ SHAPES = {
     "voxel_shuffle": [(2, 1, 96, 96, 96)],
 }
 QUICK = {op: [(2, shapes[0][1], 16, 16, 16)] for op, shapes in SHAPES.items()}
-FIELDS = ("device", "torch", "triton", "commit", "op", "shape", "dtype", "layout", "pass", "what", "ms", "ratio", "share", "peak_mib")
+FIELDS = (
+    "device", "torch", "triton", "commit", "op", "shape", "dtype", "layout", "pass", "what",
+    "ms", "ratio", "share", "peak_mib",
+)
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def least_bytes(op: str, shape: tuple, item: int) -> dict[str, int]:
-    """Bytes that each pass has to move: see the heads of the kernel files."""
+    """Bytes that each pass has to move; item: bytes per element. See the heads of the kernels."""
     n = prod(shape)
     if op == "dice_ce":  # logits and uint8 labels, twice; the gradient
         forward = n * item + n // shape[1]
         backward = forward + n * item
-    elif op == "voxel_shuffle":
+    elif op == "voxel_shuffle":  # one read and one write
         forward = backward = 2 * n * item
-    else:  # x twice, y; x and dy twice, dx
-        forward, backward = (3 + op.endswith("residual")) * n * item, 5 * n * item
+    else:  # x twice, y (and the residual); x and the gradient of y twice, the gradient of x
+        forward = (3 + op.endswith("residual")) * n * item
+        backward = 5 * n * item
     return {"fwd": forward, "bwd": backward, "full": forward + backward}
 
 
 def passes(function, args: tuple) -> dict:
-    """{"fwd", "bwd", "full"}: calls without arguments. The graph of "bwd" is kept from one call to the next."""
+    """{"fwd", "bwd", "full"}: calls without arguments. All "bwd" calls use the same graph."""
     trained = [a for a in args if a.requires_grad]
     y = function(*args)
-    upstream = torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y)
+    grad_output = torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y)
 
     def forward():
+        """The result, without a graph."""
         with torch.no_grad():
             return function(*args)
 
-    return {
-        "fwd": forward,
-        "bwd": lambda: torch.autograd.grad(y, trained, upstream, retain_graph=True),
-        "full": lambda: torch.autograd.grad(function(*args), trained, upstream),
-    }
+    def backward():
+        """The gradients of an earlier result."""
+        return torch.autograd.grad(y, trained, grad_output, retain_graph=True)
+
+    def full():
+        """The result with its graph, then the gradients."""
+        return torch.autograd.grad(function(*args), trained, grad_output)
+
+    return {"fwd": forward, "bwd": backward, "full": full}
 
 
 def milliseconds(call, cuda: bool) -> float:
-    """One call on a CPU; on a GPU the median of many, with a cold cache."""
+    """Time of one call on a CPU; on a GPU the median of many, with a cold cache."""
     if not cuda:
         start = time.perf_counter()
         call()
@@ -75,7 +87,7 @@ def milliseconds(call, cuda: bool) -> float:
 
 
 def peak_mib(call) -> float:
-    """The most GPU memory that a call holds on top of what was allocated before."""
+    """The most GPU memory, in MiB, that a call holds on top of what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -85,73 +97,98 @@ def peak_mib(call) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a millisecond of a device-to-device copy of 1 GiB, read and written."""
+    """Bytes per millisecond of a device-to-device copy of 1 GiB, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * 2**30 / milliseconds(lambda: target.copy_(source), True)
 
 
-def run(shapes: dict, ops=OPS, turns: int = 7, compiled: bool = True) -> tuple[list[dict], list[str]]:
-    """(rows, peers not installed)."""
+def run(shapes: dict, ops=OPS, turns: int = 7, compiled: bool = True) -> tuple[list, list[str]]:
+    """Measure every combination. Returns (rows, names of peers that are not installed)."""
     cuda = torch.cuda.is_available()
-    device, dtypes = ("cuda", (torch.float32, torch.bfloat16)) if cuda else ("cpu", (torch.float32,))
-    copy = copy_bandwidth() if cuda else None
+    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
+    bandwidth = copy_bandwidth() if cuda else None
     rows, missing = [], []
     for op in ops:
         functions, absent = contenders(op)
         missing += absent
         functions.pop("ours plain" if cuda else "ours Triton")
-        ours = next(iter(functions))
         if compiled and op != "voxel_shuffle":
             functions["torch.compile"] = torch.compile(functions["eager"])
         for shape in shapes[op]:
             for dtype in dtypes:
                 least = least_bytes(op, shape, dtype.itemsize)
                 for layout in LAYOUTS:
-                    args = arguments(op, shape, dtype, layout, device)
-                    calls = {name: passes(function, args) for name, function in functions.items()}
-                    for kind in ("fwd", "bwd", "full"):
-                        for call in calls.values():
-                            call[kind]()  # warm up, compile
-                        times = {name: [] for name in calls}
-                        for _ in range(1 if cuda else turns):  # do_bench repeats by itself
-                            for name, call in calls.items():
-                                times[name].append(milliseconds(call[kind], cuda))
-                        median = {name: statistics.median(t) for name, t in times.items()}
-                        for name, ms in median.items():
-                            row = {"op": op, "shape": "x".join(map(str, shape)), "dtype": str(dtype)[6:], "layout": layout, "pass": kind}
-                            row |= {"what": name, "ms": round(ms, 4), "ratio": round(ms / median[ours], 3)}
-                            if cuda:
-                                row |= {"share": round(least[kind] / ms / copy, 3), "peak_mib": round(peak_mib(calls[name][kind]), 2)}
-                            rows.append(row)
+                    row = {"op": op, "shape": "x".join(map(str, shape))}
+                    row |= {"dtype": str(dtype).removeprefix("torch."), "layout": layout}
+                    args = arguments(op, shape, dtype, layout, "cuda" if cuda else "cpu")
+                    measured = compare(functions, args, least, turns, bandwidth)
+                    rows += [row | one for one in measured]
     return rows, missing
 
 
+def compare(functions: dict, args: tuple, least: dict, turns: int, bandwidth: float | None) -> list:
+    """Rows of each pass and contender for the same arguments; the first contender is ours.
+
+    least: bytes per pass; bandwidth: of a copy, in bytes per millisecond, or None on a CPU.
+    """
+    cuda = bandwidth is not None
+    calls = {name: passes(function, args) for name, function in functions.items()}
+    rows = []
+    for which in ("fwd", "bwd", "full"):
+        for call in calls.values():
+            call[which]()  # warm up, compile
+        times = {name: [] for name in calls}
+        for _ in range(1 if cuda else turns):  # do_bench repeats by itself
+            for name, call in calls.items():
+                times[name].append(milliseconds(call[which], cuda))
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        ours = next(iter(medians.values()))
+        for name, ms in medians.items():
+            row = {"pass": which, "what": name, "ms": round(ms, 4), "ratio": round(ms / ours, 3)}
+            if cuda:
+                row["share"] = round(least[which] / ms / bandwidth, 3)
+                row["peak_mib"] = round(peak_mib(calls[name][which]), 2)
+            rows.append(row)
+    return rows
+
+
 def place() -> dict:
-    """Where the rows were measured."""
+    """Where the rows were measured: device, versions and commit."""
     try:
         from triton import __version__ as triton_version
     except ImportError:
         triton_version = ""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "torch": torch.__version__, "triton": triton_version, "commit": commit}
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "triton": triton_version}
+    return {"device": device, **versions, "commit": commit}
 
 
 def main() -> None:
+    """Measure, print the table and append it to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, few turns, no torch.compile: does it run?")
+    quick = "tiny shapes, few turns, no torch.compile: only to see that it runs"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--csv", default=str(RESULTS / "kernels.csv"), help="rows are appended here; '' for none")
+    out = "rows are appended here; '' for none"
+    parser.add_argument("--csv", default=str(RESULTS / "kernels.csv"), help=out)
     args = parser.parse_args()
-    rows, missing = run(QUICK, args.op, turns=2, compiled=False) if args.quick else run(SHAPES, args.op)
+    if args.quick:
+        rows, missing = run(QUICK, args.op, turns=2, compiled=False)
+    else:
+        rows, missing = run(SHAPES, args.op)
     where = place()
     print(", ".join(f"{k} {v}" for k, v in where.items()))
-    print(f"{'op':18} {'shape':14} {'dtype':9} {'layout':14} {'pass':5} {'what':14} {'ms':>9} {'ratio':>7} {'share':>6} {'MiB':>8}")
+    left = "{:18} {:14} {:9} {:14} {:5} {:14}"
+    head = left.format("op", "shape", "dtype", "layout", "pass", "what")
+    print(f"{head} {'ms':>9} {'ratio':>7} {'share':>6} {'MiB':>8}")
     for r in rows:
         gpu = f"{r['share']:6.2f} {r['peak_mib']:8.1f}" if "share" in r else ""
-        head = f"{r['op']:18} {r['shape']:14} {r['dtype']:9} {r['layout']:14} {r['pass']:5} {r['what']:14}"
+        head = left.format(r["op"], r["shape"], r["dtype"], r["layout"], r["pass"], r["what"])
         print(f"{head} {r['ms']:9.3f} {r['ratio']:7.2f} {gpu}")
     if missing:
         print(INSTALL)

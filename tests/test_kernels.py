@@ -1,4 +1,4 @@
-"""The switch between the paths, and a training step on either of them: equal losses, and one graph under torch.compile."""
+"""The choice of the path, and training steps on each path: equal results, one compiled graph."""
 
 import os
 import subprocess
@@ -7,13 +7,15 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE, ROOT
+from torch import Tensor, nn
 
-import data
 import kernels
+import patches
 from losses import MirrorLoss
-from mirror_unet import MirrorUNet
+from mirror_unet import MirrorUNet, ResidualUnit, UpLayer
 
-TINY = (2, 3, 4, 5, 6)
+LAST = torch.channels_last_3d
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -24,132 +26,210 @@ def use():
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh process without Triton's interpreter, unless `environment` asks for it."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MIRROR_UNET_KERNELS")} | environment
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    """Run code in a new process; without Triton's interpreter, unless `environment` sets it."""
+    removed = ("TRITON_INTERPRET", "MIRROR_UNET_KERNELS")
+    env = {k: v for k, v in os.environ.items() if k not in removed} | environment
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ the switch
-def test_each_path_is_taken_where_it_is_asked_for(use, monkeypatch):
+# ------------------------------------------------------------------------- the choice of the path
+def test_the_chosen_path_is_taken(use, monkeypatch):
     taken = []
-    for op in ("dice_ce", "norm_act", "voxel_shuffle"):
+    names = ("dice_ce", "norm_act", "voxel_shuffle")
+    for op in names:
         for path in ("plain", "triton"):
-            monkeypatch.setattr(kernels, f"{op}_{path}", lambda *_, name=f"{op} {path}": taken.append(name))
+            note = f"{op} {path}"
+            monkeypatch.setattr(kernels, f"{op}_{path}", lambda *_, note=note: taken.append(note))
     x = torch.zeros(1, 2, 2, 2, 2, device=DEVICE)
     for choice in ("plain", "triton", "auto"):
         use(choice)
-        kernels.dice_ce(x, x), kernels.norm_act(x), kernels.voxel_shuffle(x, None, 1, 0)
-    names = ("dice_ce", "norm_act", "voxel_shuffle")
-    assert taken == [f"{n} plain" for n in names] + [f"{n} triton" for n in names] * 2  # auto: a GPU, or the interpreter
+        kernels.dice_ce(x, x)
+        kernels.norm_act(x)
+        kernels.voxel_shuffle(x, None, 1, 0)
+    plain, triton = ([f"{name} {path}" for name in names] for path in ("plain", "triton"))
+    assert taken == plain + triton + triton  # auto: a GPU, or the interpreter
 
 
-def test_a_cpu_without_the_interpreter_takes_the_plain_path_and_triton_is_refused_in_a_sentence():
-    code = "import torch, kernels; x = torch.zeros(1, 2, 4, 4, 4); print(kernels._on_triton(x)); kernels.use('triton')"
-    done = python(code, CUDA_VISIBLE_DEVICES="")
-    refusal = "ValueError: Triton kernels were asked for, but PyTorch sees no GPU"
-    assert done.stdout == "False\n" and done.stderr.splitlines()[-1].startswith(refusal)
-    code = "import torch, kernels; kernels.norm_act(torch.zeros(1, 2, 4, 4, 4))"
-    done = python(code, CUDA_VISIBLE_DEVICES="", MIRROR_UNET_KERNELS="triton")
-    assert done.stderr.splitlines()[-1].startswith(refusal)
-    done = python(code, MIRROR_UNET_KERNELS="fast")
-    assert done.stderr.splitlines()[-1] == "ValueError: kernels 'fast': use one of auto, triton, plain"
+WITHOUT_GPU = """
+import torch, kernels
+x = torch.zeros(1, 2, 4, 4, 4)
+
+def error(f, *args):
+    try:
+        f(*args)
+    except ValueError as e:
+        print(e)
+
+error(kernels.norm_act, x)  # the environment variable asks for Triton
+error(kernels.use, "triton")
+error(kernels.use, "fast")
+kernels.use("auto")
+print(kernels._on_triton(x))
+"""
 
 
-def test_everything_but_the_kernels_works_without_triton():
-    code = """
+def test_without_gpu_and_interpreter_plain_runs_and_triton_is_an_error_with_a_clear_message():
+    done = python(WITHOUT_GPU, CUDA_VISIBLE_DEVICES="", MIRROR_UNET_KERNELS="triton")
+    assert done.returncode == 0, done.stderr
+    environment, use, unknown, on_triton = done.stdout.splitlines()
+    assert use.startswith("Triton kernels were asked for, but PyTorch sees no GPU")
+    assert environment == use
+    assert unknown == "kernels 'fast': use one of auto, triton, plain"
+    assert on_triton == "False"
+
+
+WITHOUT_TRITON = """
 import sys
-sys.modules["triton"] = None  # what a machine without it has: `import triton` fails
+sys.modules["triton"] = None  # as on a machine without Triton, `import triton` fails
 import torch, kernels
 from losses import MirrorLoss
 from mirror_unet import MirrorUNet
 net = MirrorUNet("v4", channels=(2, 3, 4, 5, 6))
 out = net(torch.rand(1, 2, 32, 32, 32))
-MirrorLoss("v4")(out, {"seg": torch.zeros(1, 1, 32, 32, 32, dtype=torch.long)})[0].backward()
-kernels.voxel_shuffle(torch.rand(1, 1, 8, 8, 8), torch.zeros(1, 1, 3, dtype=torch.long), 4, 1)
+labels = torch.zeros(1, 1, 32, 32, 32, dtype=torch.long)
+MirrorLoss("v4")(out, {"seg": labels})[0].backward()
+corners = torch.zeros(1, 1, 3, dtype=torch.long)
+kernels.voxel_shuffle(torch.rand(1, 1, 8, 8, 8), corners, 4, 1)
 try:
     kernels.use("triton")
 except ValueError as e:
     print(e)
 """
-    done = python(code)
-    assert done.returncode == 0 and "the package triton is not installed" in done.stdout, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ a training step
-def make_step(version: str, seed: int = 0):
-    """A network, its optimizer, and step(batch) -> loss, made anew from the seed."""
-    torch.manual_seed(seed)
-    net = MirrorUNet(version, channels=TINY).to(DEVICE, memory_format=torch.channels_last_3d)
-    loss = MirrorLoss(version)
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-
-    def step(batch, forward=None):
-        x = data.corrupt_ct(batch["image"], "shuffle", batch["key"], 8).contiguous(memory_format=torch.channels_last_3d)
-        torch.manual_seed(1)  # dropout
-        total, _ = loss((forward or net)(x), batch)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        return total.item()
-
-    return net, loss, step
+def test_everything_except_the_kernels_works_without_triton():
+    done = python(WITHOUT_TRITON)
+    assert done.returncode == 0, done.stderr
+    assert "the package triton is not installed" in done.stdout
 
 
-def make_batch(n: int) -> dict:
+# --------------------------------------------------------------------------------- training steps
+class Small(nn.Module):
+    """The finest levels of a U-Net: an encoder level, a decoder level, and the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = ResidualUnit(1, 2, "instance", stride=2)
+        self.up = UpLayer(2, 2, "instance", top=True)
+
+    def forward(self, x, batch):
+        logits = self.up(self.down(x[:, :1]))  # (B, 2, D, H, W)
+        return kernels.dice_ce(logits, batch["seg"])[0]
+
+
+class Whole(nn.Module):
+    """A version of the Mirror U-Net and its loss."""
+
+    def __init__(self, version: str):
+        super().__init__()
+        self.net = MirrorUNet(version, channels=(2, 3, 4, 5, 6))
+        self.loss = MirrorLoss(version)
+
+    def forward(self, x, batch):
+        return self.loss(self.net(x), batch)[0]
+
+
+def make_model(version: str) -> nn.Module:
+    """A version, or "small", with weights from seed 0; forward(x, batch) returns the loss."""
+    torch.manual_seed(0)
+    model = Small() if version == "small" else Whole(version)
+    return model.to(DEVICE, memory_format=LAST)
+
+
+def make_batch(n: int, size: int = 32) -> tuple[Tensor, dict]:
+    """Batch number n, a sample with a tumor and one without: input with a shuffled CT, targets."""
     torch.manual_seed(100 + n)
-    image, label = torch.rand(2, 2, 32, 32, 32), torch.zeros(2, 1, 32, 32, 32, dtype=torch.uint8)
-    label[0, :, 8:20, 10:22, 6:18] = 1
+    image = torch.rand(2, 2, size, size, size)
+    label = torch.zeros(2, 1, size, size, size, dtype=torch.uint8)
+    label[0, :, 4:12, 5:13, 3:11] = 1
     batch = {"image": image, "label": label, "tumor": torch.tensor([1.0, 0.0])}
-    return {k: v.to(DEVICE) for k, v in data.make_targets(batch, "petct").items()} | {"key": torch.tensor([n, n + 1])}
+    batch = {k: v.to(DEVICE) for k, v in patches.make_targets(batch, "petct").items()}
+    x = patches.corrupt_ct(batch["image"], "shuffle", torch.tensor([n, n + 1]), 8)
+    return x.contiguous(memory_format=LAST), batch
 
 
-def test_a_short_training_is_the_same_with_kernels_and_without(use):
-    curves = {}
+def gradients(model: nn.Module) -> dict:
+    """The gradient of every parameter, by name."""
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def check_gradients(found: dict, expected: dict) -> None:
+    """Every gradient is equal relative to its own norm, so a zero gradient is an error of 1."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        norm = gradient.norm()
+        error = (found[name] - gradient).norm()
+        if name.endswith(".conv.bias"):  # before an instance norm: 0, except for rounding
+            norm = expected[name.replace(".bias", ".weight")].norm()
+        assert norm > 0, name
+        assert error <= 1e-3 * norm, f"{name}: relative error {error / norm:.1e}"
+
+
+@pytest.mark.parametrize("version,size", [("small", 16), pytest.param("v3", 32, marks=slow)])
+def test_training_is_the_same_with_and_without_kernels(use, version, size):
+    losses, grads = {}, {}
     for path in ("plain", "triton"):
         use(path)
-        _, _, step = make_step("v3")
-        curves[path] = [step(make_batch(n)) for n in range(3)]
-    assert curves["triton"] == pytest.approx(curves["plain"], rel=2e-6)
-    assert curves["plain"][-1] < curves["plain"][0]
+        model = make_model(version)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        losses[path] = []
+        for n in range(3):
+            x, batch = make_batch(n, size)
+            torch.manual_seed(1)  # dropout
+            loss = model(x, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[path].append(loss.item())
+            grads[path, n] = gradients(model)
+    assert losses["triton"] == pytest.approx(losses["plain"], rel=2e-6)
+    check_gradients(grads["triton", 0], grads["plain", 0])
+    assert losses["plain"][-1] < losses["plain"][0]
+
+
+VERSIONS = ["small", *(pytest.param(version, marks=slow) for version in ("v3", "v4"))]
 
 
 @pytest.mark.parametrize("path", ["plain", "triton"])
-@pytest.mark.parametrize("version", ["v3", pytest.param("v4", marks=pytest.mark.slow)])
-def test_a_train_step_compiles_to_one_graph(use, version, path):
-    """Network and loss, forward and backward, with fullgraph=True: a graph break would be an error. The loss and gradients stay."""
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_training_step_compiles_to_one_graph(use, version, path):
+    """fullgraph=True makes a graph break an error; loss and gradients stay the same."""
     use(path)
-    batch = make_batch(0)
-    results = []
+    x, batch = make_batch(0, 16 if version == "small" else 32)
+    losses, grads = [], []
     for compiled in (False, True):
-        net, loss, _ = make_step(version)
+        model = make_model(version)
+        step = model
+        if compiled:
+            torch._dynamo.reset()
+            step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(1)  # dropout
+        loss = step(x, batch)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(gradients(model))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    check_gradients(grads[1], grads[0])
 
-        def forward(x, batch, net=net, loss=loss):
-            return loss(net(x), batch)[0]
 
-        run = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
-        torch.manual_seed(1)
-        total = run(batch["image"].contiguous(memory_format=torch.channels_last_3d), {k: v for k, v in batch.items() if k != "key"})
-        total.backward()
-        results.append((total.item(), [p.grad for p in net.parameters()]))
-    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
-    for a, b in zip(results[0][1], results[1][1]):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_a_train_step_keeps_less_than_half_of_what_the_release_does():
-    """Bytes alive between forward and backward of a v3 step at 96^3, a voxel: the authors' release keeps 410."""
+def test_a_training_step_saves_less_than_half_of_the_release():
+    """Bytes per voxel saved for the backward pass of v3 at 96^3; the authors' release saves 410."""
     torch.manual_seed(0)
-    net = MirrorUNet("v3").to(memory_format=torch.channels_last_3d)
+    net = MirrorUNet("v3").to(memory_format=LAST)
     parameters = {p.data_ptr() for p in net.parameters()}
-    batch = data.make_targets({"image": torch.rand(1, 2, 96, 96, 96), "label": torch.zeros(1, 1, 96, 96, 96, dtype=torch.uint8)}, "petct")
-    kept = {}
+    label = torch.zeros(1, 1, 96, 96, 96, dtype=torch.uint8)
+    batch = patches.make_targets({"image": torch.rand(1, 2, 96, 96, 96), "label": label}, "petct")
+    saved = {}
 
     def pack(t):
         if t.data_ptr() not in parameters:
-            kept[t.untyped_storage().data_ptr()] = t
+            saved[t.untyped_storage().data_ptr()] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = net(batch["image"].contiguous(memory_format=torch.channels_last_3d))
+        out = net(batch["image"].contiguous(memory_format=LAST))
         loss, _ = MirrorLoss("v3")(out, batch | {"tumor": torch.ones(1)})
-    assert loss.requires_grad and 100 < sum(t.untyped_storage().nbytes() for t in kept.values()) / 96**3 <= 205
+    assert loss.requires_grad
+    saved_bytes = sum(t.untyped_storage().nbytes() for t in saved.values())
+    assert 100 < saved_bytes / 96**3 <= 205
