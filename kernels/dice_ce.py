@@ -1,54 +1,62 @@
-"""Soft Dice + cross entropy on logits, the segmentation loss of every system here, in one pass forward and one backward.
+"""Soft Dice + cross entropy, the segmentation loss of every system here, in one pass each way.
 
-With p = softmax(logits) over C classes, t the one-hot labels, w_c class weights and sums over the voxels v that are not ignored:
+With p = softmax(logits) over C classes, t the one-hot labels, w_c class weights and sums over the
+voxels v that are not ignored:
 
-    I_c = sum_v p_cv t_cv        P_c = sum_v p_cv        T_c = sum_v t_cv        N_c = sum_v t_cv (-log p_cv)
+    I_c = sum_v p_cv t_cv    P_c = sum_v p_cv    T_c = sum_v t_cv    N_c = sum_v t_cv (-log p_cv)
     Dice_c = (2 I_c + smooth_nr) / (P_c + T_c + smooth_dr)
     CE = sum_c w_c N_c / sum_c w_c T_c
     loss = dice_weight mean_c (1 - Dice_c) + ce_weight CE
 
-The mean over c leaves the background out unless include_background; CE always has it. `batch=True` sums over the batch before
-the ratio (one Dice a class), `batch=False` takes a Dice a sample and class. No squares in the denominator.
+The mean over c leaves out the background (class 0) unless include_background; CE always has it.
+`batch=True` sums over the batch before taking the ratio (one Dice per class); `batch=False` takes
+one Dice per sample and class. The denominator has no squares.
 
-Backward. The loss depends on the volume through the 4 C sums alone. Let k = dice_weight / (number of Dice values in the mean) and
-den_c = P_c + T_c + smooth_dr. For a class in the mean (a_c = b_c = 0 for one that is not), by the quotient rule,
+Backward. The loss depends on the volume only through the 4 C sums. Let k = dice_weight / (number
+of Dice values in the mean) and den_c = P_c + T_c + smooth_dr. By the quotient rule, for a class
+that is in the mean (a_c = b_c = 0 for one that is not),
 
     d loss / d p_cv = a_c + b_c t_cv        a_c = k Dice_c / den_c        b_c = -2 k / den_c
 
-and through the softmax, d p_c / d l_j = p_c ([c = j] - p_j), with the cross entropy's well known p - t, at a voxel of label y:
+The softmax has d p_c / d l_j = p_c ([c = j] - p_j), the cross entropy the familiar p - t. So, at a
+voxel with label y,
 
-    d loss / d l_cv = p_c (a_c + b_c t_c - sum_j p_j a_j - p_y b_y) + v_y (p_c - t_c)        v_c = ce_weight w_c / sum_j w_j T_j
+    d loss / d l_cv = p_c (a_c + b_c t_c - sum_j p_j a_j - p_y b_y) + v_y (p_c - t_c)
+    v_c = ce_weight w_c / sum_j w_j T_j
 
-So a voxel's gradient needs its own logits and label and 3 C coefficients. No softmax, one-hot or mask is kept: the backward pass reads
-logits and labels once more, which is cheaper than writing and reading p.
+The gradient of a voxel needs its logits, its label and 3 C coefficients. No softmax, one-hot
+labels or mask are stored: the backward pass reads logits and labels again, which is cheaper than
+writing and reading p.
 
-Two classes. Only z = (logit of the wrong class) - (logit of the right one) matters. With q = sigmoid(z) the probability of being wrong,
--log p_y = log(1 + e^z), and the general formula shrinks to
+Two classes. Only z = (logit of the wrong class) - (logit of the right class) matters. The
+probability of the wrong class is q = sigmoid(z), -log p_y = log(1 + e^z), and the gradient is
 
-    d loss / d l_wrong = q (v_y + (1 - q) m_y) = - d loss / d l_right        m_y = a_other - a_y - b_y
+    d loss / d l_wrong = q (v_y + (1 - q) m_y) = - d loss / d l_right    m_y = a_other - a_y - b_y
 
-Bytes a voxel (float32 logits, C = 2, uint8 labels):
+Bytes per voxel (float32 logits, C = 2, uint8 labels):
 
-    forward    read 8 + 1                   the sums: a few numbers for 2048 voxels
+    forward    read 8 + 1                   the sums: a few numbers per 2048 voxels
     backward   read 8 + 1, write 8          26 in all, 14 in bfloat16
 
-Forward and backward are apart by nature (the gradient of the first voxel depends on the sums over all), so each has to read its input;
-nothing else is read or written. What this replaces, softmax -> one-hot -> products -> sums with log-softmax -> gather beside it, moves
-about 228. The trade-off: the exponentials are taken twice, in a kernel that would otherwise wait for memory.
+Two passes are needed, because the gradient of the first voxel depends on the sums over all. Each
+reads its inputs once; nothing else is read or written. This replaces softmax -> one-hot ->
+products -> sums next to log-softmax -> gather, which moves about 228 bytes. The trade-off: the
+exponentials are computed twice, in kernels that wait for memory anyway.
 
-Layout. A tile is BLOCK voxels x C classes, whichever of the two axes is contiguous:
+Layout. A tile is BLOCK voxels x C classes. Either axis can be the contiguous one:
 
-    NCDHW               l0 l0 l0 l0 ...  l1 l1 l1 l1 ...      the voxels of a class side by side: a row of BLOCK, C times
-    channels_last_3d    l0 l1 l0 l1 l0 l1 l0 l1 ...           the classes of a voxel side by side: one row of BLOCK C, then split
+    NCDHW               l0 l0 l0 l0 ...  l1 l1 l1 l1 ...      C rows of BLOCK logits
+    channels_last_3d    l0 l1 l0 l1 l0 l1 l0 l1 ...           one row of BLOCK C logits, then split
 
-Both are read 128 bits at a time (the second for 2, 4, 8, ... classes). Other strides, of slices and expanded tensors, are walked as they
-are: without a copy, and without that width.
+Both are read 128 bits at a time (the second for 2, 4, 8, ... classes). Slices and expanded tensors
+have other strides: they are read in place, without a copy, but also without wide loads.
 
-Stage one adds up tiles: program i of a sample writes its 4 C partial sums. Stage two, one program, adds them in a fixed order in
-float64 and derives loss, Dice and coefficients. No atomics, so that equal inputs give equal bits. Three launches in all.
+Stage one sums over tiles: each program of a sample writes its 4 C partial sums. Stage two, a
+single program, adds these in a fixed order in float64 and computes loss, Dice and coefficients.
+There are no atomics, so equal inputs give equal bits. With the backward pass: three launches.
 """
 
-from itertools import pairwise, product
+from itertools import pairwise
 from math import isfinite, log
 
 import torch
@@ -62,201 +70,173 @@ try:
 except ImportError:  # macOS, Windows
     triton = None
 
-
-# ------------------------------------------------------------------------------------------------------------ the definition
-
-
+# ---------------------------------------------------------------------------------- the definition
 def dice_ce_ref(
-    logits: Tensor,
-    target: Tensor,
-    include_background: bool = False,
-    batch: bool = True,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    dice_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int | None = None,
-    sync: bool = False,
-    upcast: bool = False,
+    logits: Tensor, target: Tensor, include_background: bool = False, batch: bool = True,
+    smooth_nr: float = 1e-5, smooth_dr: float = 1e-5, dice_weight: float = 1.0,
+    ce_weight: float = 1.0, class_weight: Tensor | None = None, ignore_index: int | None = None,
+    sync: bool = False, upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The loss in plain PyTorch, differentiated by autograd, on any device: what the fast paths are tested against.
+    """The loss in plain PyTorch, differentiated by autograd: the reference for the fast paths.
 
-    Args:
-        logits: (B, C, D, H, W), C >= 2, or any other number of spatial axes; any floating dtype; computed in float32 (float64 if given
-            so, or with upcast=True).
-        target: integer labels in [0, C), (B, 1, D, H, W) or (B, D, H, W), any integer dtype or bool.
-        class_weight: (C,) weights of the cross entropy; Dice is not weighted.
-        ignore_index: voxels with this label count neither in Dice nor in cross entropy; may lie outside [0, C).
-        sync: the loss of the batch joined over all processes of the default torch.distributed group, the same on each of them. Its
-            gradient is multiplied by their number, because DistributedDataParallel averages gradients: so N processes equal one process
-            with the N-fold batch. batch=False takes the batch to be equally large on all.
+    logits: (B, C, D, H, W) with C >= 2, or another number of spatial axes; any floating dtype.
+        Computed in float32, or in float64 for float64 logits or with upcast=True.
+    target: labels in [0, C), (B, 1, D, H, W) or (B, D, H, W); any integer dtype or bool.
+    class_weight: (C,) weights of the cross entropy; Dice is not weighted.
+    ignore_index: voxels with this label, which may lie outside [0, C), count in neither term.
+    sync: compute the loss of the joint batch of all processes in the default torch.distributed
+        group, the same on each. Its gradient is multiplied by their number, because
+        DistributedDataParallel averages gradients: N processes then equal one with the N-fold
+        batch. batch=False needs equally large batches on all processes.
 
-    Returns (loss, dice): a scalar, and the detached soft Dice of all C classes, background included: (C,), or (B, C) of this process's
-    samples with batch=False. If every voxel is ignored, cross entropy is 0. Raises ValueError for shapes or dtypes that do not fit.
-    A label outside [0, C) that is not ignore_index is an error here and in `dice_ce_plain`; in `dice_ce_triton`, where checking would
-    make the host wait for the GPU, it makes the loss and its gradient NaN.
+    Returns (loss, dice): a scalar, and the detached soft Dice of all C classes with background:
+    (C,), or (B, C) for this process's samples with batch=False. If every voxel is ignored, the
+    cross entropy is 0. Raises ValueError for shapes or dtypes that do not fit, and for a label
+    outside [0, C) that is not ignore_index; so does `dice_ce_plain`. In `dice_ce_triton`, where
+    checking labels would make the host wait for the GPU, such a label makes loss and gradient NaN.
     """
-    target = _checked(logits, target, class_weight, sync)
-    # Half precision would overflow in the sums over a volume: go up to float32 before anything else.
-    log_p = F.log_softmax(logits.double() if upcast or logits.dtype == torch.float64 else logits.float(), dim=1)
-    target = target.long()
-    kept = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
-    label = torch.where(kept, target, 0).unsqueeze(1)  # (B, 1, D, H, W)
+    target = _checked(logits, target, class_weight, sync).long()
+    # Half precision would overflow in the sums over a volume, so convert before anything else.
+    logits = logits.to(torch.float64 if upcast else _accumulator(logits.dtype))
+    log_p = F.log_softmax(logits, dim=1)
+    valid = torch.ones_like(target, dtype=torch.bool)  # (B, D, H, W)
+    if ignore_index is not None:
+        valid = target != ignore_index
+    label = torch.where(valid, target, 0).unsqueeze(1)  # (B, 1, D, H, W)
 
-    p = log_p.exp() * kept.unsqueeze(1)
-    one_hot = torch.zeros_like(log_p).scatter_(1, label, 1.0) * kept.unsqueeze(1)
-    dims = [d for d in range(logits.dim()) if d != 1 and (batch or d != 0)]
-    intersection, total = (p * one_hot).sum(dims), p.sum(dims) + one_hot.sum(dims)
-    weight = kept.to(log_p.dtype)  # (B, D, H, W)
+    p = log_p.exp() * valid.unsqueeze(1)
+    one_hot = torch.zeros_like(log_p).scatter_(1, label, 1.0) * valid.unsqueeze(1)
+    spatial = list(range(2, logits.dim()))
+    axes = [0, *spatial] if batch else spatial
+    intersection = (p * one_hot).sum(axes)
+    total = p.sum(axes) + one_hot.sum(axes)
+    weight = valid.to(log_p.dtype)  # (B, D, H, W)
     if class_weight is not None:
         weight = weight * class_weight.to(log_p)[label.squeeze(1)]
-    nll, weight = -(log_p.gather(1, label).squeeze(1) * weight).sum(), weight.sum()
+    nll = -(log_p.gather(1, label).squeeze(1) * weight).sum()
+    weight = weight.sum()
 
-    # The derivative of an all-reduce is an all-reduce: here the gradient becomes that of the sum of all processes' (equal) losses.
-    join = lambda t: t  # noqa: E731
     if sync:
-        from torch.distributed.nn.functional import all_reduce as join
-    if batch:
-        intersection, total = join(intersection), join(total)
+        # The derivative of an all-reduce is an all-reduce: it sums the processes' (equal) losses.
+        from torch.distributed.nn.functional import all_reduce
+
+        nll, weight = all_reduce(nll), all_reduce(weight)
+        if batch:
+            intersection, total = all_reduce(intersection), all_reduce(total)
     dice = (2 * intersection + smooth_nr) / (total + smooth_dr)
     dice_loss = (1 - (dice if include_background else dice[..., 1:])).mean()
-    if not batch and sync:
-        dice_loss = join(dice_loss) / dist.get_world_size()
-    cross_entropy = join(nll) / join(weight).clamp_min(torch.finfo(log_p.dtype).tiny)
+    if sync and not batch:
+        dice_loss = all_reduce(dice_loss) / dist.get_world_size()
+    cross_entropy = nll / weight.clamp_min(torch.finfo(log_p.dtype).tiny)
     return dice_weight * dice_loss + ce_weight * cross_entropy, dice.detach()
 
 
 def _checked(logits: Tensor, target: Tensor, class_weight: Tensor | None, sync: bool) -> Tensor:
-    """The labels as (B, D, H, W), if everything fits."""
+    """The labels as (B, D, H, W), bool as uint8, if all arguments fit."""
     if target.dim() == logits.dim():
         target = target.squeeze(1)
-    if logits.dim() < 3 or logits.shape[1] < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(f"logits {tuple(logits.shape)} need C >= 2 and labels of shape (B, 1, ...) or (B, ...), got {tuple(target.shape)}")
+    shape, labels = tuple(logits.shape), tuple(target.shape)
+    if len(shape) < 3 or shape[1] < 2 or labels != shape[:1] + shape[2:]:
+        expected = "need C >= 2 and labels of shape (B, 1, ...) or (B, ...)"
+        raise ValueError(f"logits {shape} {expected}, got {labels}")
     if not logits.is_floating_point():
         raise ValueError(f"logits: expected a floating dtype, got {logits.dtype}")
     if target.is_floating_point():
         raise ValueError(f"target: expected integer labels, got {target.dtype}")
-    if class_weight is not None and class_weight.shape != logits.shape[1:2]:
-        raise ValueError(f"class_weight: expected {logits.shape[1]} weights, one a class, got shape {tuple(class_weight.shape)}")
+    if class_weight is not None and class_weight.shape != shape[1:2]:
+        found = tuple(class_weight.shape)
+        raise ValueError(f"class_weight: expected one weight per class, {shape[1:2]}, got {found}")
     if sync and not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("sync=True joins the batches of several processes: call torch.distributed.init_process_group first")
-    return target
+        raise ValueError("sync=True: call torch.distributed.init_process_group first")
+    return target.view(torch.uint8) if target.dtype == torch.bool else target
 
 
-# ------------------------------------------------------------------------------------------- the same by hand, in plain PyTorch
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-CHUNK = 1 << 18, 1 << 20  # logits at a time: what fits one thread's cache; with several threads more, as each step wakes them all
+
+# ------------------------------------------------------ the derived backward pass in plain PyTorch
+
+SLAB = 1 << 18  # logits per slab on a CPU: they fit the cache of a thread
 
 
 def dice_ce_plain(
     logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
     dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`dice_ce_ref` with the backward pass of this file's head, in plain PyTorch; first derivatives only.
+) -> tuple[Tensor, Tensor]:
+    """`dice_ce_ref` with the backward pass derived above, in PyTorch; first derivatives only.
 
-    Made for CPUs: slab by slab, each step in place. It runs on a GPU too, but looks at a few numbers on the way and so waits for it.
+    Made for CPUs. It also runs on a GPU, but waits for it, because it checks labels on the host.
     """
-    options = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight, ignore_index, sync)
-    return _call(False, logits, target, class_weight, *options)
+    settings = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
+    return _call(False, logits, target, class_weight, *settings, ignore_index, sync)
 
 
-def _slabs(logits: Tensor, target: Tensor, ignore_index: int | None):
-    """Walks a batch in slabs along the first spatial axis, without a copy whatever the strides.
+def _slabs(logits, target, ignore_index):
+    """Walk through a batch in slabs along the first spatial axis, which fit the cache of a CPU.
 
-    Yields where, logits (C, d, H, W), labels (d, H, W) with 0 for ignored ones, which are kept (d, H, W) as 0 and 1 (None: all of them),
-    and room for 3 numbers a voxel, the same memory each time: fresh memory costs as much as the arithmetic.
+    Yields the sample, the slab (a slice), logits x (C, d, H, W), labels y (d, H, W), 0 if ignored,
+    and valid (d, H, W), 0 if ignored, else 1, or None if no voxel can be ignored. x, y and valid
+    have the dtype of the arithmetic.
     """
-    samples, _, depth = logits.shape[:3]
-    step, layer = max(1, depth), logits[0, 0, 0].numel() if samples and depth else 0
-    if logits.device.type == "cpu":  # elsewhere a sample at once: a launch costs more than a cache miss
-        step = min(step, max(1, CHUNK[torch.get_num_threads() > 1] // max(1, layer * logits.shape[1])))
-    work = _accumulator(logits.dtype)
-    room = logits.new_empty((3, step * layer), dtype=work)
-    target = target.view(torch.uint8) if target.dtype == torch.bool else target
-    limits = torch.iinfo(target.dtype)
-    ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max  # -1 is no uint8
+    samples, c, depth = logits.shape[:3]
+    step = max(1, depth)
+    if logits.device.type == "cpu":  # on a GPU, a launch costs more than a cache miss
+        size = SLAB if torch.get_num_threads() == 1 else 4 * SLAB  # waking threads costs time, too
+        step = max(1, size // max(1, c * logits.shape[3:].numel()))
+    dtype = _accumulator(logits.dtype)
+    limits = torch.iinfo(target.dtype)  # an ignore_index of -1 must not match the uint8 label 255
+    ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max
     for sample in range(samples):
         for start in range(0, depth, step):
-            y, kept = target[sample, start : start + step], None
-            if ignores:
-                kept = y != ignore_index
-                y, kept = y * kept, kept.to(work)
             slab = slice(start, start + step)
-            yield (sample, slab), logits[sample, :, slab].to(work), y, kept, room[:, : y.numel()]
+            x = logits[sample, :, slab].to(dtype)
+            y = target[sample, slab].to(dtype)
+            valid = None
+            if ignores:
+                valid = (target[sample, slab] != ignore_index).to(dtype)
+                y *= valid
+            yield sample, slab, x, y, valid
 
 
-def _sums_plain(logits: Tensor, target: Tensor, ignore_index: int | None, weighted: bool) -> Tensor:
+def _sums_plain(logits, target, ignore_index, weighted) -> Tensor:
     """I, P, T and N of every class and sample: (4, C, B) float64."""
     b, c = logits.shape[:2]
     sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
-    for (sample, _), x, y, kept, room in _slabs(logits, target, ignore_index):
-        labels = room[0].view(y.shape).copy_(y) if c == 2 else y  # two classes go on with the copy
-        low, high = labels.aminmax()
+    for sample, slab, x, y, valid in _slabs(logits, target, ignore_index):
+        low, high = y.aminmax()
         if low < 0 or high >= c:
-            low, high = (int(v) for v in y.aminmax())
-            raise ValueError(f"target: labels must lie in [0, {c}), or be ignore_index ({ignore_index}); got {low if low < 0 else high}")
-        part = _two_class_sums(x, y, kept, room, weighted) if c == 2 else None
+            wrong = target[sample, slab][(y < 0) | (y >= c)][0]
+            allowed = f"labels must lie in [0, {c}), or be ignore_index ({ignore_index})"
+            raise ValueError(f"target: {allowed}; got {wrong}")
+        part = _two_class_sums(x, y, valid, weighted) if c == 2 else None
         if part is None:
-            t, log_p = _one_hot(x, y, kept), F.log_softmax(x, 0)
-            nll = log_p.gather(0, y.long()[None]).neg_()
-            p = log_p.exp_() if kept is None else log_p.exp_().mul_(kept)
+            counts = torch.ones_like(y) if valid is None else valid
+            label = y.long()[None]  # (1, d, H, W)
+            t = torch.zeros_like(x).scatter_(0, label, counts[None])
+            log_p = F.log_softmax(x, 0)
+            nll = -log_p.gather(0, label)
+            p = log_p.exp() * counts
             part = torch.stack([_sum(rows.flatten(1)) for rows in (p * t, p, t, nll * t)])
         sums[:, :, sample] += part
     return sums
 
 
-def _two_class_sums(x: Tensor, y: Tensor, kept: Tensor | None, room: Tensor, weighted: bool) -> Tensor | None:
-    """(4, 2) sums of one slab by the formulas for two classes, room[0] holding its labels; None where e^z leaves floating point's range."""
-    (l0, l1), (t, q, denominator) = x.unbind(), room.view(3, *y.shape).unbind()
-    torch.sub(l1, l0, out=q)
-    q.addcmul_(q, t, value=-2).mul_(1 / log(2)).exp2_()  # e^z; 2^x is twice as fast as e^x here
-    if kept is not None:
-        q.mul_(kept)
-    # Without class weights it does not matter for which class a voxel's cross entropy is counted.
-    n1 = _sum_log(torch.addcmul(torch.ones_like(q), q, t)) if weighted else 0.0
-    torch.add(q, 1, out=denominator)
-    q.div_(denominator)
-    n_all = _sum_log(denominator)
-    t1, wrong = _sum(room[:2]).tolist()
-    if not isfinite(wrong + n_all):
-        return None
-    wrong1 = _sum(q.mul_(t).view(-1)).item()
-    t0, wrong0 = float(y.numel() if kept is None else kept.sum()) - t1, wrong - wrong1
-    right0, right1 = t0 - wrong0, t1 - wrong1
-    part = [[right0, right1], [right0 + wrong1, right1 + wrong0], [t0, t1], [n_all - n1, n1]]
-    return torch.tensor(part, dtype=torch.float64, device=x.device)
-
-
-def _sum_log(factors: Tensor) -> float:
-    """Sum of logarithms, taken of products of four, as one costs as much as some ten products; overwrites the factors."""
-    flat = factors.view(-1)
-    whole = flat.numel() // 4 * 4
-    for half in (whole // 2, whole // 4):
-        flat[:half].mul_(flat[half : 2 * half])
-    return (_sum(flat[: whole // 4].log_()) + _sum(flat[whole:].log_())).item()
-
-
-def _sum(numbers: Tensor) -> Tensor:
-    """Sum along the last axis: stretch by stretch, and those in float64."""
-    whole = numbers.shape[-1] // 8192 * 8192
-    stretches = numbers[..., :whole].unflatten(-1, (-1, 8192)).sum(-1)
-    return stretches.sum(-1, dtype=torch.float64) + numbers[..., whole:].sum(-1, dtype=torch.float64)
-
-
-def _one_hot(x: Tensor, y: Tensor, kept: Tensor | None) -> Tensor:
-    """t of x's shape and dtype, 0 where a voxel is ignored."""
-    t = torch.zeros_like(x).scatter_(0, y.long()[None], 1.0)
-    return t if kept is None else t.mul_(kept)
+def _sum(x: Tensor) -> Tensor:
+    """Sum along the last axis: 8192 numbers at a time, then these sums in float64."""
+    whole = x.shape[-1] // 8192 * 8192
+    sums = x[..., :whole].unflatten(-1, (-1, 8192)).sum(-1)
+    return sums.sum(-1, dtype=torch.float64) + x[..., whole:].sum(-1, dtype=torch.float64)
 
 
 def _finish_plain(
     sums, class_weight, include_background, smooth_nr, smooth_dr, dice_weight, ce_weight, scale
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, Dice (G, C), and scale times the coefficients (2 G + 1, C): a and b of every group, v; from sums (4, C, G)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From sums (4, C, G): loss (), Dice (G, C), and scale times the coefficients (2 G + 1, C):
+    a and b of every group, then v."""
     inter, p, t, nll = sums.transpose(1, 2)  # (G, C) each
-    total = p + t + smooth_dr
-    dice = (2 * inter + smooth_nr) / total
+    den = p + t + smooth_dr
+    dice = (2 * inter + smooth_nr) / den
     scored = torch.ones_like(dice)
     scored[:, 0] = float(include_background)
     k = dice_weight * scored / scored.sum()
@@ -264,111 +244,165 @@ def _finish_plain(
     weight = (w * t).sum()
     per_weight = torch.where(weight == 0, 0, 1 / weight)
     loss = (k * (1 - dice)).sum() + ce_weight * per_weight * (w * nll).sum()
-    ab = torch.stack([k * dice / total, -2 * k / total], 1)  # (G, 2, C)
-    return loss, dice, scale * torch.cat([ab.flatten(0, 1), (ce_weight * per_weight * w)[None]])
+    ab = torch.stack([k * dice / den, -2 * k / den], 1).flatten(0, 1)  # (2 G, C)
+    return loss, dice, scale * torch.cat([ab, (ce_weight * per_weight * w)[None]])
 
 
-def _grad_plain(logits: Tensor, target: Tensor, coefficients: Tensor, ignore_index: int | None) -> Tensor:
-    """d loss / d logits, in the logits' layout, from coefficients that hold the upstream gradient as a factor."""
+def _grad_plain(logits, target, coefficients, ignore_index) -> Tensor:
+    """d loss / d logits, in the layout of the logits; the coefficients include grad_output."""
     grad = torch.empty_like(logits)
-    *ab, v = coefficients
-    if len(v) == 2:
-        # In the probability p of class 1 and the label t: d loss / d l_1 = v_t (p - t) + u_t p (1 - p).
-        v, v0, v_step = v.to(_accumulator(logits.dtype)), v[0].item(), (v[1] - v[0]).item()
-        u0, u_step = [a[1] - a[0] - b[0] for a, b in zip(ab[::2], ab[1::2])], [(b[0] + b[1]).item() for b in ab[1::2]]
-    for (sample, slab), x, y, kept, room in _slabs(logits, target, ignore_index):
-        group = sample if len(ab) > 2 else 0
-        out = grad[sample, :, slab]
-        if len(v) == 2:
-            (l0, l1), (t, p, g) = x.unbind(), room.view(3, *y.shape).unbind()
-            t.copy_(y)
-            torch.sub(l1, l0, out=p).sigmoid_()
-            torch.add(u0[group], t, alpha=u_step[group], out=g)
-            torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)  # times p (1 - p)
-            p.sub_(t)
-            if kept is not None:
-                room[1:] *= kept.flatten()
-            torch.addcmul(g, p, t.mul_(v_step).add_(v0) if v_step else v[0], out=out[1])
-            torch.neg(out[1], out=out[0])
-        else:
-            t, p = _one_hot(x, y, kept), x.softmax(0)
-            a, b, v_ = (k.view(-1, *[1] * y.dim()) for k in (ab[2 * group], ab[2 * group + 1], v))
-            g = t * b + a
-            g = (g - (p * g).sum(0)).mul_(p).add_((v_ * t).sum(0) * (p - t))
-            out.copy_(g if kept is None else g.mul_(kept))
+    rows = coefficients[(...,) + (None,) * (target.dim() - 1)]  # (2 G + 1, C, 1, 1, 1)
+    for sample, slab, x, y, valid in _slabs(logits, target, ignore_index):
+        group = 2 * sample if len(rows) > 3 else 0
+        a, b, v = rows[group], rows[group + 1], rows[-1]
+        if len(x) == 2:
+            _two_class_grad(x, y, valid, a, b, v, out=grad[sample, :, slab])
+            continue
+        t = torch.zeros_like(x).scatter_(0, y.long()[None], 1.0)
+        p = x.softmax(0)
+        g = a + b * t
+        g = p * (g - (p * g).sum(0)) + (v * t).sum(0) * (p - t)
+        grad[sample, :, slab] = g if valid is None else g * valid
     return grad
 
 
-# --------------------------------------------------------------------------------------------------------------- Triton kernels
+# ------------------------------------------------------------- fast path for two classes on a CPU
+# Readers can skip this section: the general code above computes the same, in five times the time.
 
-TILE = 4096  # numbers of a kind that a program works on at a time, 16 a thread: z of two classes, p of more
-PROGRAMS = 2048  # of stage one at most (or one a sample); each loops over its tiles
+
+def _two_class_sums(x, t, valid, weighted) -> Tensor | None:
+    """The (4, 2) sums of one slab by the two-class formulas, or None if e^z overflows."""
+    z = x[1] - x[0]
+    z.addcmul_(z, t, value=-2)
+    e = z.mul_(1 / log(2)).exp2_()  # e^z; 2^x is twice as fast as e^x here
+    if valid is not None:
+        e *= valid
+    # Without class weights, it does not matter which class the cross entropy is counted for.
+    n1 = _sum_log(1 + e * t) if weighted else 0.0
+    total = 1 + e
+    q = e.div_(total)
+    n = _sum_log(total)
+    wrong = _sum(q.flatten()).item()
+    if not isfinite(wrong + n):
+        return None
+    wrong1 = _sum(q.mul_(t).flatten()).item()
+    wrong0 = wrong - wrong1
+    t1 = _sum(t.flatten()).item()
+    t0 = float(t.numel() if valid is None else valid.sum()) - t1
+    inter = [t0 - wrong0, t1 - wrong1]
+    pred = [inter[0] + wrong1, inter[1] + wrong0]
+    sums = [inter, pred, [t0, t1], [n - n1, n1]]
+    return torch.tensor(sums, dtype=torch.float64, device=x.device)
+
+
+def _sum_log(factors: Tensor) -> float:
+    """The sum of logarithms, computed from products of four: a logarithm costs as much as ten
+    products. Overwrites the factors."""
+    flat = factors.flatten()
+    whole = flat.numel() // 4 * 4
+    for half in (whole // 2, whole // 4):
+        flat[:half].mul_(flat[half : 2 * half])
+    return (_sum(flat[: whole // 4].log_()) + _sum(flat[whole:].log_())).item()
+
+
+def _two_class_grad(x, t, valid, a, b, v, out) -> None:
+    """d loss / d l_1 = v_t (p - t) + u_t p (1 - p), with p the probability of class 1,
+    u_0 = m_0 = a_1 - a_0 - b_0 and u_1 = -m_1 = a_1 - a_0 + b_1 = u_0 + b_0 + b_1."""
+    p = (x[1] - x[0]).sigmoid_()
+    u = torch.add(a[1] - a[0] - b[0], t, alpha=(b[0] + b[1]).item())
+    u = torch.ops.aten.sigmoid_backward.grad_input(u, p, grad_input=u)  # u_t p (1 - p)
+    error = p.sub_(t)
+    if valid is not None:
+        u *= valid
+        error *= valid
+    v_t = v[0] if v[0] == v[1] else v[0] + (v[1] - v[0]) * t
+    torch.addcmul(u, error, v_t, out=out[1])
+    torch.neg(out[1], out=out[0])
+
+
+# ---------------------------------------------------------------------------------- Triton kernels
+
+TILE = 4096  # numbers of each kind per tile, 16 per thread: z of two classes, p of more
+PROGRAMS = 2048  # of stage one, at most (or one per sample); each loops over its tiles
 WARPS = 8  # with four, ptxas spills 8 bytes in one kernel for sm_80
 
 
 def dice_ce_triton(
     logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
     dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`dice_ce_ref` in three kernel launches: sums, loss, and (backward) gradient; first derivatives only."""
-    options = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight, ignore_index, sync)
-    return _call(True, logits, target, class_weight, *options)
+) -> tuple[Tensor, Tensor]:
+    """`dice_ce_ref` in three launches: sums, loss, gradient (backward); first derivatives only."""
+    settings = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
+    return _call(True, logits, target, class_weight, *settings, ignore_index, sync)
 
 
 if triton is not None:
+    # In all kernels, a tile starts at voxel number `first` of a sample, and `count` of its BLOCK
+    # voxels exist. CP is C, padded to a power of two; ACC is the dtype of the arithmetic.
+    # Strides are those of (B, D, H, W) and, except for the target's, C. FLAT: the spatial axes
+    # have one stride, that of W. INTERLEAVED: so have voxels and classes (channels_last_3d).
 
     @triton.jit
-    def _places(first, height, width, d, h, w, FLAT: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-        """Offsets of BLOCK voxels from number `first` on, in a tensor with strides d, h, w; FLAT: all that counts is w."""
-        v = first + tl.arange(0, BLOCK)
+    def _offsets(
+        first, height, width, strides, FLAT: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """Offsets of the voxels of a tile: (BLOCK,)."""
+        voxel = first + tl.arange(0, BLOCK)
         if FLAT:
-            at = v * w
+            offsets = voxel * strides[3]
         else:
-            v = v.to(INDEX)  # 64-bit division is slow
-            row = v // width
-            at = (row // height).to(tl.int64) * d + (row % height).to(tl.int64) * h + (v % width).to(tl.int64) * w
-        return at
+            voxel = voxel.to(INDEX)  # 64-bit division is slow
+            row = voxel // width
+            offsets = (row // height).to(tl.int64) * strides[1]
+            offsets += (row % height).to(tl.int64) * strides[2]
+            offsets += (voxel % width).to(tl.int64) * strides[3]
+        return offsets
 
     @triton.jit
-    def _labels(target, at, inside, ignore_index):
-        """Labels, and which voxels count."""
-        y = tl.load(target + at, mask=inside, other=0)
+    def _labels(target, offsets, mask, ignore_index):
+        """Labels, and which voxels count: (BLOCK,) each."""
+        y = tl.load(target + offsets, mask=mask, other=0)
         if target.dtype.element_ty.primitive_bitwidth < 32:
-            y = y.to(tl.int32)  # an ignore_index of -1 is no uint8 label
+            y = y.to(tl.int32)  # an ignore_index of -1 equals no uint8 label
         if ignore_index is not None:
-            inside = inside & (y != ignore_index)
-        return y, inside
+            mask = mask & (y != ignore_index)
+        return y, mask
 
     @triton.jit
-    def _load_two(logits, at, first, left, stride_c, SIDE_BY_SIDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-        """Both logits of BLOCK voxels, of which `left` are there: 2 x (BLOCK,)."""
-        if SIDE_BY_SIDE:
+    def _load_two(
+        logits, offsets, first, count, stride_c,
+        INTERLEAVED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """Both logits of each voxel: 2 x (BLOCK,)."""
+        if INTERLEAVED:
             i = tl.arange(0, 2 * BLOCK)
-            l0, l1 = tl.split(tl.reshape(tl.load(logits + 2 * first + i, mask=i < 2 * left, other=0.0), (BLOCK, 2)))
+            x = tl.load(logits + 2 * first + i, mask=i < 2 * count, other=0.0)
+            l0, l1 = tl.split(tl.reshape(x, (BLOCK, 2)))
         else:
-            inside = tl.arange(0, BLOCK) < left
-            l0 = tl.load(logits + at, mask=inside, other=0.0)
-            l1 = tl.load(logits + stride_c + at, mask=inside, other=0.0)
+            mask = tl.arange(0, BLOCK) < count
+            l0 = tl.load(logits + offsets, mask=mask, other=0.0)
+            l1 = tl.load(logits + stride_c + offsets, mask=mask, other=0.0)
         return l0.to(ACC), l1.to(ACC)
 
     @triton.jit
     def _load(
-        logits, at, first, left, stride_c,
-        C: tl.constexpr, CP: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """All logits of BLOCK voxels: (CP, BLOCK). Classes that only fill the tile up to a power of two are -inf, so that p = 0."""
+        logits, offsets, first, count, stride_c, C: tl.constexpr, CP: tl.constexpr,
+        INTERLEAVED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """All logits of each voxel: (CP, BLOCK). Those of padding classes are -inf, so p = 0."""
         c = tl.arange(0, CP)[:, None]
-        if SIDE_BY_SIDE:
+        if INTERLEAVED:
             i = tl.arange(0, C * BLOCK)
-            x = tl.trans(tl.reshape(tl.load(logits + C * first + i, mask=i < C * left, other=0.0), (BLOCK, C)))
+            x = tl.load(logits + C * first + i, mask=i < C * count, other=0.0)
+            x = tl.trans(tl.reshape(x, (BLOCK, C)))
         else:
-            inside = (c < C) & (tl.arange(0, BLOCK) < left)[None, :]
-            x = tl.load(logits + c.to(tl.int64) * stride_c + at[None, :], mask=inside, other=0.0)
+            mask = (c < C) & (tl.arange(0, BLOCK) < count)[None, :]
+            x = tl.load(logits + c.to(tl.int64) * stride_c + offsets[None, :], mask=mask, other=0.0)
         return tl.where(c < C, x.to(ACC), float("-inf"))
 
     @triton.jit
-    def _wrong(l0, l1, y):
-        """z of the two-class formulas, q = sigmoid(z) and 1 - q, both to full relative precision, and e^-|z|."""
+    def _two_class(l0, l1, y):
+        """z, q = sigmoid(z) and 1 - q, both to full relative precision, and e^-|z|."""
         z = tl.where(y == 1, l0 - l1, l1 - l0)
         e = tl.exp(-tl.abs(z))
         larger = 1.0 / (1.0 + e)
@@ -377,64 +411,73 @@ if triton is not None:
 
     @triton.jit
     def _sums_kernel(
-        logits,  # (B, C, D, H, W)
-        target,  # (B, D, H, W)
+        logits, logits_strides,  # (B, C, D, H, W)
+        target, target_strides,  # (B, D, H, W)
         partials,  # (4, C, B, programs), contiguous
         ignore_index, samples, n, height, width, programs, tiles,
-        logits_b, logits_c, logits_d, logits_h, logits_w,
-        target_b, target_d, target_h, target_w,
-        C: tl.constexpr, CP: tl.constexpr, FLAT: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Stage one: I, P, T and N of every class over `tiles` tiles of one sample."""
-        sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
-        logits += sample.to(tl.int64) * logits_b
-        target += sample.to(tl.int64) * target_b
+        C: tl.constexpr, CP: tl.constexpr, FLAT: tl.constexpr, INTERLEAVED: tl.constexpr,
+        INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        """Stage one: I, P, T and N of every class, over `tiles` tiles of one sample."""
+        sample = tl.program_id(0) // programs
+        program = tl.program_id(0) % programs
+        logits += sample.to(tl.int64) * logits_strides[0]
+        target += sample.to(tl.int64) * target_strides[0]
         c = tl.arange(0, CP)
-        inter, pred, true, nll = tl.zeros((CP,), ACC), tl.zeros((CP,), ACC), tl.zeros((CP,), ACC), tl.zeros((CP,), ACC)
+        inter = tl.zeros((CP,), ACC)
+        pred = tl.zeros((CP,), ACC)
+        true = tl.zeros((CP,), ACC)
+        nll = tl.zeros((CP,), ACC)
         for tile in range(tiles):
             first = (program.to(tl.int64) * tiles + tile) * BLOCK
-            left = tl.minimum(n - first, BLOCK).to(tl.int32)
-            at = _places(first, height, width, target_d, target_h, target_w, FLAT, INDEX, BLOCK)
-            y, kept = _labels(target, at, tl.arange(0, BLOCK) < left, ignore_index)
-            at = _places(first, height, width, logits_d, logits_h, logits_w, FLAT, INDEX, BLOCK)
-            # Masks as numbers, which the sums below multiply by: one register a voxel, where a GPU has few for bits. A label outside
-            # [0, C) must not go unnoticed: such a voxel counts NaN.
+            count = tl.minimum(n - first, BLOCK).to(tl.int32)
+            offsets = _offsets(first, height, width, target_strides, FLAT, INDEX, BLOCK)
+            y, valid = _labels(target, offsets, tl.arange(0, BLOCK) < count, ignore_index)
+            offsets = _offsets(first, height, width, logits_strides, FLAT, INDEX, BLOCK)
+            stride_c = logits_strides[4]
+            # The masks become numbers that the sums multiply by: a GPU has few registers for bits,
+            # and a number takes one register per voxel. A label outside [0, C) must not go
+            # unnoticed, so such a voxel counts as NaN.
             if C == 2:
-                l0, l1 = _load_two(logits, at, first, left, logits_c, SIDE_BY_SIDE, ACC, BLOCK)
-                z, wrong, right, e = _wrong(l0, l1, y)
+                l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
+                z, wrong, right, e = _two_class(l0, l1, y)
                 loss = tl.maximum(z, 0.0) + tl.log(1.0 + e)  # log(1 + e^z)
-                t1 = tl.where(kept & (y == 1), 1.0, 0.0)
-                t0 = tl.where(kept & (y != 1), tl.where(y == 0, 1.0, float("nan")), 0.0)
-                right0, right1 = tl.sum(t0 * right, 0), tl.sum(t1 * right, 0)
-                wrong0, wrong1 = tl.sum(t0 * wrong, 0), tl.sum(t1 * wrong, 0)
+                t1 = tl.where(valid & (y == 1), 1.0, 0.0)
+                t0 = tl.where(valid & (y != 1), tl.where(y == 0, 1.0, float("nan")), 0.0)
+                right0 = tl.sum(t0 * right, 0)
+                right1 = tl.sum(t1 * right, 0)
+                wrong0 = tl.sum(t0 * wrong, 0)
+                wrong1 = tl.sum(t1 * wrong, 0)
                 inter += tl.where(c == 0, right0, right1)
                 pred += tl.where(c == 0, right0 + wrong1, right1 + wrong0)
                 true += tl.where(c == 0, tl.sum(t0, 0), tl.sum(t1, 0))
                 nll += tl.where(c == 0, tl.sum(t0 * loss, 0), tl.sum(t1 * loss, 0))
             else:
-                x = _load(logits, at, first, left, logits_c, C, CP, SIDE_BY_SIDE, ACC, BLOCK)
+                x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
                 x -= tl.max(x, 0)[None, :]
                 p = tl.exp(x)
                 total = tl.sum(p, 0)[None, :]
-                count = tl.where(kept, tl.where((y >= 0) & (y < C), 1.0, float("nan")), 0.0)[None, :]
-                p *= count / total
-                t = tl.where(y[None, :] == c[:, None], count, 0.0)
+                one = tl.where((y >= 0) & (y < C), 1.0, float("nan"))
+                one = tl.where(valid, one, 0.0)[None, :]
+                p *= one / total
+                t = tl.where(y[None, :] == c[:, None], one, 0.0)
                 inter += tl.sum(p * t, 1)
                 pred += tl.sum(p, 1)
                 true += tl.sum(t, 1)
                 nll += tl.sum(tl.where(t == 1.0, tl.log(total) - x, 0.0), 1)
-        # partials[quantity, c, sample, program]
-        at = partials + (c * samples + sample) * programs + program
+        out = partials + (c * samples + sample) * programs + program
         step = C * samples * programs
-        tl.store(at, inter, mask=c < C)
-        tl.store(at + step, pred, mask=c < C)
-        tl.store(at + 2 * step, true, mask=c < C)
-        tl.store(at + 3 * step, nll, mask=c < C)
+        tl.store(out, inter, mask=c < C)
+        tl.store(out + step, pred, mask=c < C)
+        tl.store(out + 2 * step, true, mask=c < C)
+        tl.store(out + 3 * step, nll, mask=c < C)
 
     @triton.jit
-    def _total(partials, quantity, group, groups, length, C: tl.constexpr, CP: tl.constexpr, STEP: tl.constexpr):
-        """The sum over a group's partials of one quantity for every class: (CP,) float64."""
+    def _total(
+        partials, quantity, group, groups, length,
+        C: tl.constexpr, CP: tl.constexpr, STEP: tl.constexpr,
+    ):
+        """The sum of a group's partials of one quantity, for every class: (CP,) float64."""
         c = tl.arange(0, CP)[:, None]
         row = partials + ((quantity * C + c).to(tl.int64) * groups + group) * length
         tile = tl.zeros((CP, STEP), tl.float64)
@@ -449,131 +492,141 @@ if triton is not None:
         class_weight,  # (C,) or None
         loss,  # ()
         dice,  # (G, C)
-        coefficients,  # (2 G + 1, C): a, b of each group, v
-        groups, length,
-        smooth_nr: tl.float64, smooth_dr: tl.float64, dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64,
+        coefficients,  # (2 G + 1, C): a and b of each group, v
+        groups, length, smooth_nr: tl.float64, smooth_dr: tl.float64,
+        dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64,
         BACKGROUND: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, STEP: tl.constexpr,
-    ):  # fmt: skip
-        """Stage two, one program: from the sums to loss, Dice, and scale times the coefficients of the gradient."""
+    ):
+        """Stage two, one program: loss, Dice, and scale times the coefficients, from the sums."""
         c = tl.arange(0, CP)
-        real = c < C
-        scored = real if BACKGROUND else real & (c > 0)
+        mask = c < C
+        scored = mask if BACKGROUND else mask & (c > 0)
         k = tl.where(scored, 1.0, 0.0).to(tl.float64)
         k *= dice_weight / (tl.sum(k, 0) * groups)
-        w = tl.where(real, 1.0, 0.0).to(tl.float64)
+        w = tl.where(mask, 1.0, 0.0).to(tl.float64)
         if class_weight is not None:
-            w = tl.load(class_weight + c, mask=real, other=0.0).to(tl.float64)
-        lost, weight, nll = tl.zeros((CP,), tl.float64), tl.zeros((CP,), tl.float64), tl.zeros((CP,), tl.float64)
+            w = tl.load(class_weight + c, mask=mask, other=0.0).to(tl.float64)
+        dice_loss = tl.zeros((CP,), tl.float64)
+        weight = tl.zeros((CP,), tl.float64)
+        nll = tl.zeros((CP,), tl.float64)
         for g in range(groups):
             true = _total(partials, 2, g, groups, length, C, CP, STEP)
-            den = tl.where(real, _total(partials, 1, g, groups, length, C, CP, STEP) + true + smooth_dr, 1.0)
-            ratio = (2 * _total(partials, 0, g, groups, length, C, CP, STEP) + smooth_nr) / den
-            tl.store(dice + g * C + c, ratio, mask=real)
-            tl.store(coefficients + 2 * g * C + c, scale * k * ratio / den, mask=real)
-            tl.store(coefficients + (2 * g + 1) * C + c, scale * -2 * k / den, mask=real)
-            lost += tl.where(scored, k * (1 - ratio), 0.0)
+            den = _total(partials, 1, g, groups, length, C, CP, STEP) + true + smooth_dr
+            den = tl.where(mask, den, 1.0)
+            inter = _total(partials, 0, g, groups, length, C, CP, STEP)
+            ratio = (2 * inter + smooth_nr) / den
+            tl.store(dice + g * C + c, ratio, mask=mask)
+            tl.store(coefficients + 2 * g * C + c, scale * k * ratio / den, mask=mask)
+            tl.store(coefficients + (2 * g + 1) * C + c, scale * -2 * k / den, mask=mask)
+            dice_loss += tl.where(scored, k * (1 - ratio), 0.0)
             weight += w * true
             nll += w * _total(partials, 3, g, groups, length, C, CP, STEP)
         weight = tl.sum(weight, 0)
-        per_weight = tl.where(weight == 0, 0.0, ce_weight / tl.where(weight == 0, 1.0, weight))  # every voxel ignored: no cross entropy
-        tl.store(loss, tl.sum(lost, 0) + per_weight * tl.sum(nll, 0))
-        tl.store(coefficients + 2 * groups * C + c, scale * per_weight * w, mask=real)
+        # If every voxel is ignored, the cross entropy is 0.
+        per_weight = tl.where(weight == 0, 0.0, ce_weight / tl.where(weight == 0, 1.0, weight))
+        tl.store(loss, tl.sum(dice_loss, 0) + per_weight * tl.sum(nll, 0))
+        tl.store(coefficients + 2 * groups * C + c, scale * per_weight * w, mask=mask)
 
     @triton.jit
     def _grad_kernel(
-        upstream,  # ()
-        logits,  # (B, C, D, H, W)
-        target,  # (B, D, H, W)
+        grad_output,  # ()
+        logits, logits_strides,  # (B, C, D, H, W)
+        target, target_strides,  # (B, D, H, W)
+        grad, grad_strides,  # (B, C, D, H, W)
         coefficients,  # (2 G + 1, C), contiguous
-        grad,  # (B, C, D, H, W)
         ignore_index, group_step, last, n, height, width, programs,
-        logits_b, logits_c, logits_d, logits_h, logits_w,
-        target_b, target_d, target_h, target_w,
-        grad_b, grad_c, grad_d, grad_h, grad_w,
-        C: tl.constexpr, CP: tl.constexpr, FLAT: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        C: tl.constexpr, CP: tl.constexpr, FLAT: tl.constexpr, INTERLEAVED: tl.constexpr,
+        INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ):
         """d loss / d logits of one tile."""
-        sample, program = tl.program_id(0) // programs, tl.program_id(0) % programs
-        logits += sample.to(tl.int64) * logits_b
-        target += sample.to(tl.int64) * target_b
-        grad += sample.to(tl.int64) * grad_b
+        sample = tl.program_id(0) // programs
+        program = tl.program_id(0) % programs
+        logits += sample.to(tl.int64) * logits_strides[0]
+        target += sample.to(tl.int64) * target_strides[0]
+        grad += sample.to(tl.int64) * grad_strides[0]
+        stride_c = logits_strides[4]
         first = program.to(tl.int64) * BLOCK
-        left = tl.minimum(n - first, BLOCK).to(tl.int32)
-        inside = tl.arange(0, BLOCK) < left
-        at = _places(first, height, width, target_d, target_h, target_w, FLAT, INDEX, BLOCK)
-        y, kept = _labels(target, at, inside, ignore_index)
-        at = _places(first, height, width, logits_d, logits_h, logits_w, FLAT, INDEX, BLOCK)
-        out = _places(first, height, width, grad_d, grad_h, grad_w, FLAT, INDEX, BLOCK)
-        up = tl.load(upstream).to(ACC)
-        a = coefficients + sample * group_step  # no step where all samples make one group
-        b, v = a + C, coefficients + last
+        count = tl.minimum(n - first, BLOCK).to(tl.int32)
+        mask = tl.arange(0, BLOCK) < count
+        offsets = _offsets(first, height, width, target_strides, FLAT, INDEX, BLOCK)
+        y, valid = _labels(target, offsets, mask, ignore_index)
+        offsets = _offsets(first, height, width, logits_strides, FLAT, INDEX, BLOCK)
+        out = _offsets(first, height, width, grad_strides, FLAT, INDEX, BLOCK)
+        scale = tl.load(grad_output).to(ACC)
+        a = coefficients + sample * group_step  # group_step is 0 if all samples form one group
+        b = a + C
+        v = coefficients + last
         if C == 2:
-            l0, l1 = _load_two(logits, at, first, left, logits_c, SIDE_BY_SIDE, ACC, BLOCK)
-            z, wrong, right, e = _wrong(l0, l1, y)
-            a0, a1 = tl.load(a), tl.load(a + 1)
-            m = up * tl.where(y == 1, a0 - a1 - tl.load(b + 1), a1 - a0 - tl.load(b))
-            g = tl.where(kept, wrong * (up * tl.where(y == 1, tl.load(v + 1), tl.load(v)) + right * m), 0.0)
+            l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
+            z, wrong, right, e = _two_class(l0, l1, y)
+            a0 = tl.load(a)
+            a1 = tl.load(a + 1)
+            m = scale * tl.where(y == 1, a0 - a1 - tl.load(b + 1), a1 - a0 - tl.load(b))
+            v_y = tl.where(y == 1, tl.load(v + 1), tl.load(v))
+            g = tl.where(valid, wrong * (scale * v_y + right * m), 0.0)
             g = tl.where(y == 1, -g, g)  # d loss / d l1
-            g0, g1 = (-g).to(grad.dtype.element_ty), g.to(grad.dtype.element_ty)
-            if SIDE_BY_SIDE:
-                i = tl.arange(0, 2 * BLOCK)
-                tl.store(grad + 2 * first + i, tl.reshape(tl.join(g0, g1), (2 * BLOCK,)), mask=i < 2 * left)
+            g0 = (-g).to(grad.dtype.element_ty)
+            g1 = g.to(grad.dtype.element_ty)
+            if INTERLEAVED:
+                row = tl.reshape(tl.join(g0, g1), (C * BLOCK,))
             else:
-                tl.store(grad + out, g0, mask=inside)
-                tl.store(grad + grad_c + out, g1, mask=inside)
+                tl.store(grad + out, g0, mask=mask)
+                tl.store(grad + grad_strides[4] + out, g1, mask=mask)
         else:
             c = tl.arange(0, CP)
-            real = c < C
-            a, b, v = tl.load(a + c, mask=real, other=0.0), tl.load(b + c, mask=real, other=0.0), tl.load(v + c, mask=real, other=0.0)
-            x = _load(logits, at, first, left, logits_c, C, CP, SIDE_BY_SIDE, ACC, BLOCK)
+            a = tl.load(a + c, mask=c < C, other=0.0)[:, None]
+            b = tl.load(b + c, mask=c < C, other=0.0)[:, None]
+            v = tl.load(v + c, mask=c < C, other=0.0)[:, None]
+            x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
             p = tl.exp(x - tl.max(x, 0)[None, :])
             p /= tl.sum(p, 0)[None, :]
             t = y[None, :] == c[:, None]
-            ab = a[:, None] + tl.where(t, b[:, None], 0.0)
-            vy = tl.sum(tl.where(t, v[:, None], 0.0), 0)[None, :]
-            g = p * (ab - tl.sum(p * ab, 0)[None, :]) + vy * (p - tl.where(t, 1.0, 0.0))
-            g = tl.where(kept[None, :], up * g, 0.0).to(grad.dtype.element_ty)
-            if SIDE_BY_SIDE:
-                i = tl.arange(0, C * BLOCK)
-                tl.store(grad + C * first + i, tl.reshape(tl.trans(g), (C * BLOCK,)), mask=i < C * left)
+            ab = a + tl.where(t, b, 0.0)
+            v_y = tl.sum(tl.where(t, v, 0.0), 0)[None, :]
+            g = p * (ab - tl.sum(p * ab, 0)[None, :]) + v_y * (p - tl.where(t, 1.0, 0.0))
+            g = tl.where(valid[None, :], scale * g, 0.0).to(grad.dtype.element_ty)
+            if INTERLEAVED:
+                row = tl.reshape(tl.trans(g), (C * BLOCK,))
             else:
-                tl.store(grad + (c.to(tl.int64) * grad_c)[:, None] + out[None, :], g, mask=real[:, None] & inside[None, :])
+                rows = grad + (c.to(tl.int64) * grad_strides[4])[:, None]
+                tl.store(rows + out[None, :], g, mask=(c < C)[:, None] & mask[None, :])
+        if INTERLEAVED:
+            i = tl.arange(0, C * BLOCK)
+            tl.store(grad + C * first + i, row, mask=i < C * count)
 
 
-# ---------------------------------------------------------------------------------------- what a launch is given, and for which GPUs
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _flat_stride(size: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
-    """The step from voxel to voxel if the axes can be walked as one; None if they can't."""
+# ------------------------------------------------------------------------------ kernel launches
+def _flat_stride(size, stride) -> int | None:
+    """The stride from voxel to voxel if the axes can be walked as one, else None."""
     axes = [(n, s) for n, s in zip(size, stride) if n != 1] or [(1, 1)]
-    return axes[-1][1] if all(outer == n * inner for (_, outer), (n, inner) in pairwise(axes)) else None
+    flat = all(outer == n * inner for (_, outer), (n, inner) in pairwise(axes))
+    return axes[-1][1] if flat else None
 
 
 def _geometry(logits: Tensor, **others: Tensor) -> dict:
-    """Sizes, strides and tile shape, as kernel arguments."""
-    c, size = logits.shape[1], logits.shape[2:]
-    axes = len(size)
-    tensors = {"logits": logits, **others}
-    steps = {name: _flat_stride(size, t.stride()[-axes:]) for name, t in tensors.items()}
-    flat = None not in steps.values()
-    args = {"n": size.numel(), "height": 1 if flat else ([1, 1, *size])[-2], "width": 1 if flat else size[-1]}
-    for name, t in tensors.items():
-        args[f"{name}_b"] = t.stride(0)
-        if name != "target":
-            args[f"{name}_c"] = t.stride(1)
-        args |= dict(zip((f"{name}_d", f"{name}_h", f"{name}_w"), (0, 0, steps[name]) if flat else (0, 0, *t.stride()[-axes:])[-3:]))
+    """Sizes, strides and the tile's shape as kernel arguments."""
+    c = logits.shape[1]
+    size = logits.shape[2:]
+    n = size.numel()
     padded = triton.next_power_of_2(c)
-    side_by_side = flat and c == padded and all(t.stride(1) == 1 and steps[k] == c for k, t in tensors.items() if k != "target")
-    tile = TILE if logits.device.type != "cpu" else 2 * TILE  # on the CPU it is the interpreter: milliseconds a program
-    return args | {
-        "C": c, "CP": padded, "FLAT": flat, "SIDE_BY_SIDE": side_by_side, "INDEX": tl.int32 if args["n"] < 2**31 - tile else tl.int64,
-        "ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32, "BLOCK": max(1, tile // (1 if c == 2 else padded)),
-    }  # fmt: skip
+    tensors = {"logits": logits, **others}
+    steps = {name: _flat_stride(size, x.stride()[-len(size) :]) for name, x in tensors.items()}
+    flat = None not in steps.values()
+    interleaved = flat and c == padded
+    args = {}
+    for name, x in tensors.items():
+        spatial = (0, 0, steps[name]) if flat else (0, 0, *x.stride()[-len(size) :])[-3:]
+        args[f"{name}_strides"] = (x.stride(0), *spatial)
+        if name != "target":
+            args[f"{name}_strides"] += (x.stride(1),)
+            interleaved = interleaved and x.stride(1) == 1 and steps[name] == c
+    # On a CPU it is the interpreter that runs, which takes milliseconds per program.
+    tile = 2 * TILE if logits.device.type == "cpu" else TILE
+    args |= {"n": n, "height": 1 if flat else ([1, *size])[-2], "width": 1 if flat else size[-1]}
+    args |= {"C": c, "CP": padded, "FLAT": flat, "INTERLEAVED": interleaved}
+    args |= {"BLOCK": max(1, tile // (1 if c == 2 else padded))}
+    args |= {"INDEX": tl.int32 if n < 2**31 - tile else tl.int64}
+    return args | {"ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32}
 
 
 def _sums_launch(logits: Tensor, target: Tensor, ignore_index: int | None):
@@ -581,145 +634,137 @@ def _sums_launch(logits: Tensor, target: Tensor, ignore_index: int | None):
     b, c = logits.shape[:2]
     args = _geometry(logits, target=target)
     tiles = triton.cdiv(args["n"], args["BLOCK"])
-    each = max(1, triton.cdiv(tiles, max(1, PROGRAMS // max(1, b))))
-    programs = max(1, triton.cdiv(tiles, each))
+    per_program = max(1, triton.cdiv(tiles, max(1, PROGRAMS // max(1, b))))
+    programs = max(1, triton.cdiv(tiles, per_program))
     partials = logits.new_empty((4, c, b, programs), dtype=_accumulator(logits.dtype))
-    args |= {"logits": logits, "target": target, "partials": partials, "ignore_index": ignore_index}
-    return _sums_kernel, (programs * b,), args | {"samples": b, "programs": programs, "tiles": each}
+    args |= {"logits": logits, "target": target, "partials": partials, "samples": b}
+    args |= {"ignore_index": ignore_index, "programs": programs, "tiles": per_program}
+    return _sums_kernel, (programs * b,), args
 
 
-def _finish_launch(partials: Tensor, class_weight: Tensor | None, dtype: torch.dtype, background, smooth_nr, smooth_dr, dice, ce, scale):
-    """Kernel, grid and arguments of stage two; partials (4, C, G, length)."""
+def _finish_launch(
+    partials, class_weight, dtype, background, smooth_nr, smooth_dr, dice_weight, ce_weight, scale
+):
+    """Kernel, grid and arguments of stage two; partials (4, C, G, length), logits of this dtype."""
     _, c, groups, length = partials.shape
-    outputs = {"loss": (), "dice": (groups, c), "coefficients": (2 * groups + 1, c)}
-    args = {name: partials.new_empty(shape, dtype=_accumulator(dtype)) for name, shape in outputs.items()}
-    args |= {"partials": partials, "class_weight": class_weight, "groups": groups, "length": length, "BACKGROUND": background}
-    args |= {"smooth_nr": smooth_nr, "smooth_dr": smooth_dr, "dice_weight": dice, "ce_weight": ce, "scale": float(scale)}
     padded = triton.next_power_of_2(c)
-    return _finish_kernel, (1,), args | {"C": c, "CP": padded, "STEP": max(1, 2048 // padded)}
+    outputs = {"loss": (), "dice": (groups, c), "coefficients": (2 * groups + 1, c)}
+    dtype = _accumulator(dtype)
+    args = {name: partials.new_empty(shape, dtype=dtype) for name, shape in outputs.items()}
+    args |= {"partials": partials, "class_weight": class_weight, "BACKGROUND": background}
+    args |= {"smooth_nr": smooth_nr, "smooth_dr": smooth_dr, "scale": float(scale)}
+    args |= {"dice_weight": dice_weight, "ce_weight": ce_weight, "C": c, "CP": padded}
+    args |= {"groups": groups, "length": length, "STEP": max(1, 2048 // padded)}
+    return _finish_kernel, (1,), args
 
 
-def _grad_launch(upstream: Tensor, logits: Tensor, target: Tensor, coefficients: Tensor, ignore_index: int | None):
-    """Kernel, grid and arguments of the backward pass; the gradient has the layout of the logits."""
+def _grad_launch(grad_output, logits, target, coefficients, ignore_index):
+    """Kernel, grid and arguments of the backward pass; grad has the layout of the logits."""
     grad = torch.empty_like(logits)
-    args = _geometry(logits, target=target, grad=grad)
-    args |= {"upstream": upstream, "logits": logits, "target": target, "coefficients": coefficients, "grad": grad}
     rows, c = coefficients.shape
-    args |= {"ignore_index": ignore_index, "group_step": 2 * c if rows > 3 else 0, "last": (rows - 1) * c}
+    args = _geometry(logits, target=target, grad=grad)
+    args |= {"grad_output": grad_output, "logits": logits, "target": target, "grad": grad}
+    args |= {"coefficients": coefficients, "ignore_index": ignore_index}
+    args |= {"group_step": 2 * c if rows > 3 else 0, "last": (rows - 1) * c}
     programs = triton.cdiv(args["n"], args["BLOCK"])
     return _grad_kernel, (programs * len(logits),), args | {"programs": programs}
 
 
 def _run(kernel, grid, args) -> dict:
     if grid[0]:
-        with torch.cuda.device_of(next(a for a in args.values() if isinstance(a, Tensor))):
+        with torch.cuda.device_of(next(x for x in args.values() if isinstance(x, Tensor))):
             kernel[grid](**args, num_warps=WARPS)
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the op
-
-
-def _call(fused, logits, target, class_weight, include_background, batch, *rest) -> tuple[Tensor, Tensor]:
-    target = _checked(logits, target, class_weight, rest[-1])
-    if logits.dim() > 5:  # more axes than a kernel walks: merged, by a copy only where strides forbid a view
-        logits, target = logits.flatten(2), target.flatten(1)
+# ------------------------------------------------------------------------------------ custom ops
+def _call(fused, logits, target, class_weight, background, batch, *options):
+    """Check and prepare the arguments, then run the op. fused: by Triton kernels."""
+    target = _checked(logits, target, class_weight, sync=options[-1])
+    if logits.dim() > 5:  # merge axes for the kernels; flatten copies only if strides forbid a view
+        logits = logits.flatten(2)
+        target = target.flatten(1)
     if class_weight is not None:
         class_weight = class_weight.detach().to(logits.device).contiguous()
-    loss, dice, _ = _dice_ce(logits, target, class_weight, include_background, batch, *rest, fused)
+    loss, dice, _ = _dice_ce(logits, target, class_weight, background, batch, *options, fused)
     dice = dice.detach()
     return loss, dice[0] if batch else dice
 
 
 @torch.library.custom_op("mirror_unet::dice_ce", mutates_args=())
 def _dice_ce(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, include_background: bool, batch: bool, smooth_nr: float, smooth_dr: float,
-    dice_weight: float, ce_weight: float, ignore_index: int | None, sync: bool, fused: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss (), Dice (G, C) and coefficients (2 G + 1, C): G = 1, or B with batch=False. fused: by Triton kernels."""
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, include_background: bool,
+    batch: bool, smooth_nr: float, smooth_dr: float, dice_weight: float, ce_weight: float,
+    ignore_index: int | None, sync: bool, fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), Dice (G, C) and coefficients (2 G + 1, C): G = 1, or B with batch=False."""
     if fused:
-        labels = target.view(torch.uint8) if target.dtype == torch.bool else target
-        partials = _run(*_sums_launch(logits, labels, ignore_index))["partials"]  # (4, C, B, programs)
+        partials = _run(*_sums_launch(logits, target, ignore_index))["partials"]
     else:
-        partials = _sums_plain(logits, target, ignore_index, class_weight is not None)[..., None]
-    b, scale = len(logits), 1
+        weighted = class_weight is not None
+        partials = _sums_plain(logits, target, ignore_index, weighted)[..., None]
+    processes = dist.get_world_size() if sync else 1
     if sync:
-        scale, rank = dist.get_world_size(), dist.get_rank()
         partials = partials.sum(3, keepdim=True, dtype=torch.float64)
         if batch:
             partials = partials.sum(2, keepdim=True)
-        else:  # every process has its place for its samples
-            own, partials = partials, partials.new_zeros((*partials.shape[:2], scale * b, 1))
-            partials[:, :, rank * b : (rank + 1) * b] = own
-        dist.all_reduce(partials)
+        gathered = [torch.empty_like(partials) for _ in range(processes)]
+        dist.all_gather(gathered, partials)
+        partials = torch.cat(gathered, 2)  # (4, C, processes * B or processes, 1)
     if batch:
-        partials = partials.flatten(2).unsqueeze(2)
-    settings = (include_background, smooth_nr, smooth_dr, dice_weight, ce_weight, scale)
+        partials = partials.flatten(2).unsqueeze(2)  # (4, C, 1, all partial sums)
+    settings = (include_background, smooth_nr, smooth_dr, dice_weight, ce_weight, processes)
     if fused:
         args = _run(*_finish_launch(partials, class_weight, logits.dtype, *settings))
         loss, dice, coefficients = args["loss"], args["dice"], args["coefficients"]
     else:
-        numbers = _finish_plain(partials.sum(3), class_weight, *settings)
-        loss, dice, coefficients = (t.to(_accumulator(logits.dtype)).contiguous() for t in numbers)
-    if sync and not batch:
+        results = _finish_plain(partials.sum(3), class_weight, *settings)
+        dtype = _accumulator(logits.dtype)
+        loss, dice, coefficients = (x.to(dtype).contiguous() for x in results)
+    if sync and not batch:  # keep what belongs to this process's samples
+        b, rank = len(logits), dist.get_rank()
         dice = dice[rank * b : (rank + 1) * b].clone()
-        coefficients = torch.cat([coefficients[2 * rank * b : 2 * (rank + 1) * b], coefficients[-1:]])
+        own = coefficients[2 * rank * b : 2 * (rank + 1) * b]
+        coefficients = torch.cat([own, coefficients[-1:]])
     return loss, dice, coefficients
 
 
 @_dice_ce.register_fake
 def _(logits, target, class_weight, include_background, batch, *rest):
-    groups, c, dtype = 1 if batch else logits.shape[0], logits.shape[1], _accumulator(logits.dtype)
-    return logits.new_empty((), dtype=dtype), logits.new_empty((groups, c), dtype=dtype), logits.new_empty((2 * groups + 1, c), dtype=dtype)
+    c = logits.shape[1]
+    groups = 1 if batch else logits.shape[0]
+    new = logits.to(_accumulator(logits.dtype)).new_empty
+    return new(()), new((groups, c)), new((2 * groups + 1, c))
 
 
 @torch.library.custom_op("mirror_unet::dice_ce_backward", mutates_args=())
 def _dice_ce_backward(
-    upstream: Tensor, logits: Tensor, target: Tensor, coefficients: Tensor, ignore_index: int | None, fused: bool
+    grad_output: Tensor, logits: Tensor, target: Tensor, coefficients: Tensor,
+    ignore_index: int | None, fused: bool,
 ) -> Tensor:
-    """d loss / d logits times upstream, ()."""
+    """d loss / d logits times grad_output, ()."""
     if not fused:
-        return _grad_plain(logits, target, upstream * coefficients, ignore_index)
-    labels = target.view(torch.uint8) if target.dtype == torch.bool else target
-    return _run(*_grad_launch(upstream, logits, labels, coefficients, ignore_index))["grad"]
+        return _grad_plain(logits, target, grad_output * coefficients, ignore_index)
+    return _run(*_grad_launch(grad_output, logits, target, coefficients, ignore_index))["grad"]
 
 
 @_dice_ce_backward.register_fake
-def _(upstream, logits, target, coefficients, ignore_index, fused):
+def _(grad_output, logits, target, coefficients, ignore_index, fused):
     return torch.empty_like(logits)
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     logits, target, *_, ignore_index, sync, fused = inputs
     ctx.save_for_backward(logits, target, output[2])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no launches that fill zeros for those two
+    ctx.set_materialize_grads(False)  # no launches that fill zeros for Dice and coefficients
     ctx.options = ignore_index, fused
 
 
-def _backward(ctx, upstream, *_):
-    if upstream is None:
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:
         return (None,) * 12
-    return _dice_ce_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 11
+    return _dice_ce_backward(grad_output, *ctx.saved_tensors, *ctx.options), *[None] * 11
 
 
-_dice_ce.register_autograd(_backward, setup_context=_keep)
-
-
-def compile_specs() -> list[dict]:
-    """The launches that matter, of tensors that have shapes alone (device meta): for compiling them ahead of time, without a GPU."""
-    specs = []
-    layouts = {"ncdhw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-    for dtype, (layout, memory_format), c in product((torch.float32, torch.bfloat16), layouts.items(), (2, 3, 4, 8)):
-        logits = torch.empty(2, c, 96, 96, 96, dtype=dtype, device="meta").to(memory_format=memory_format)
-        target = torch.empty(2, 96, 96, 96, dtype=torch.uint8, device="meta")
-        scalar, coefficients = (torch.empty(shape, device="meta") for shape in ((), (3, c)))
-        sums, _, args = _sums_launch(logits, target, None)
-        launches = {"sums": (sums, args), "grad": _grad_launch(scalar, logits, target, coefficients, None)[::2]}
-        if dtype == torch.float32 and layout == "ncdhw":
-            partials = args["partials"].flatten(2).unsqueeze(2)
-            launches["finish"] = _finish_launch(partials, None, dtype, False, 1e-5, 1e-5, 1.0, 1.0, 1)[::2]
-        for name, (kernel, args) in launches.items():
-            name = f"dice_ce {name} C={c} {str(dtype)[6:]} {layout}"
-            specs.append({"name": name, "kernel": kernel, "arguments": args | {"num_warps": WARPS}})
-    return specs
+_dice_ce.register_autograd(_backward, setup_context=_setup_context)
