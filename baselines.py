@@ -20,13 +20,18 @@ the same code for all. `channels` are the widths of levels 1-5; nnunet, blackbea
 start at 2 c1, the width of their publications (32) if c1 is the paper's 16.
 """
 
+import math
 from math import gcd, prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import CachedCase, Case, read_label
+from evaluate import evaluate_case, read_truth
+from files import read_nifti
 from losses import SEGMENTATIONS, MirrorLoss
 from mirror_unet import (
     TASKS,
@@ -620,3 +625,41 @@ def build(
         )
     widths = [min(2 * channels[0] * 2**i, 20 * channels[0]) for i in range(len(strides))]
     return PlainUNet(strides, kernels, widths, preset, deep_supervision=True)
+
+
+# ----------------------------------------------------------------------------- without a network
+def suv_threshold(
+    train: list[CachedCase], val: list[CachedCase], most: int = 100
+) -> tuple[float, list[dict]]:
+    """Segment without a network: tumor is SUV >= t, with the t that is best for training studies.
+
+    At most `most` training studies are read. Everything is computed on the files' own grids and
+    values, as a network is scored, because its SUV window may end below the best threshold.
+    Returns t and the rows of `evaluate_case` for the held-out studies.
+    """
+    thresholds = np.geomspace(0.5, 50, 93)  # 5 % apart
+    scores = np.zeros(len(thresholds))
+    positives = [case.case for case in train if case.tumor]
+    for case in positives[:: max(1, math.ceil(len(positives) / most))]:
+        pet = _read_suv(case)
+        truth = np.asarray(read_label(case).dataobj) > 0
+        predicted = _voxels_above(pet, thresholds)
+        correct = _voxels_above(pet[truth], thresholds)
+        scores += 2 * correct / (predicted + truth.sum())  # Dice of every threshold
+    best = float(thresholds[scores.argmax()])
+    rows = []
+    for case in val:
+        mask = _read_suv(case.case) >= best
+        rows += evaluate_case(case.case, read_truth(case.case), [mask], ("seg",))
+    return best, rows
+
+
+def _read_suv(case: Case) -> np.ndarray:
+    return read_nifti(case.images[1]).get_fdata(dtype=np.float32)
+
+
+def _voxels_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """How many values lie at or above each threshold (ascending), from one histogram."""
+    values = values[values >= thresholds[0]]
+    counts = np.histogram(values, bins=[*thresholds, np.inf])[0]
+    return counts[::-1].cumsum()[::-1]

@@ -409,16 +409,9 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
     preset = preset or ("brain" if version == "v2" and both_segment else "petct")
     version = version or ("v4" if both_segment and preset == "petct" else "v1")
     given = set(state) - {"learnable_th"}
-
-    def shared_levels(side: str) -> int:
-        return min(2, len({name.split(".")[1] for name in state if name.startswith(side)}))
-
-    downs = combinations((3, 4), shared_levels("common_downs."))
-    ups = combinations((6, 7), shared_levels("common_ups."))
-    middle = (5,) if "bottom_layer.residual.bias" in state else ()
+    shares = [share for n in range(6) for share in combinations((3, 4, 5, 6, 7), n)]
     fits, closest = {}, sorted(given)
-    for down, up, finest_first in product(downs, ups, (True, False)):
-        share = (*down, *middle, *up)
+    for share, finest_first in product(shares, (True, False)):
         first = [f"ct.levels.{n}.units.0.conv.weight" for n in range(5)]
         first = [_official_name(name, share, finest_first) for name in first]
         if not set(first) <= given:
@@ -426,8 +419,8 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
         channels = tuple(len(state[name]) for name in first)
         with torch.device("meta"):  # shapes alone
             shapes = MirrorUNet(version, share, channels, "batch", preset).state_dict()
+        shapes.pop("ct_weight", None)
         names = {ours: _official_name(ours, share, finest_first) for ours in shapes}
-        names.pop("ct_weight", None)
         wrong = given ^ set(names.values())
         wrong |= {o for n, o in names.items() if o in given and state[o].shape != shapes[n].shape}
         closest = min(closest, sorted(wrong), key=len)
@@ -441,10 +434,10 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
 
     [(share, (channels, names))] = fits.items()
     model = MirrorUNet(version, share, channels, "batch", preset, ct_weight)
-    tensors = {ours: state[official] for ours, official in names.items()}
+    tensors = {name: state[official] for name, official in names.items()}
     used: dict[str, list[str]] = {}
-    for ours, official in names.items():
-        used.setdefault(official, []).append(ours)
+    for name, official in names.items():
+        used.setdefault(official, []).append(name)
     if version == "v4" and ct_weight == "learnable":
         if "learnable_th" not in state:
             raise ValueError("ct_weight='learnable' takes the file's `learnable_th`; it has none")

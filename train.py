@@ -382,7 +382,7 @@ class Run:
 
     def compare_threshold(self) -> None:
         """Print how the best threshold on SUV segments the same held-out studies."""
-        best, rows = evaluate.suv_threshold(self.train_cases, self.val_cases)
+        best, rows = baselines.suv_threshold(self.train_cases, self.val_cases)
         means = {k: evaluate.mean_of(rows, k) for k in evaluate.MEASURES}
         self.log({"step": self.step, "suv_threshold": best, **means})
         volumes = f"FPV {means['fpv_ml']:.1f} ml, FNV {means['fnv_ml']:.1f} ml"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = "mirror_unet losses data patches config train predict evaluate metrics files parallel".split()
+CORE = "mirror_unet losses data patches config train predict evaluate metrics".split()
 PER = (
     "modality case voxel class step sample channel element instance patient system fold run row launch window study "
     "tile target level cube cell branch epoch thread core process decoder encoder task measure axis lesion GPU version"
