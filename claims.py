@@ -281,13 +281,13 @@ def judge(draws: np.ndarray, level: float = 0.95, margin: float | None = None) -
     """Judge draws of a difference that is claimed to be positive, or with a margin to be small."""
     low, high = interval(draws, level)
     if margin is None:
-        seen, reversed_ = low > 0, high < 0
+        seen, not_seen = low > 0, high < 0
     else:
         seen = -margin < low and high < margin
-        reversed_ = low > margin or high < -margin
+        not_seen = low > margin or high < -margin
     if seen:
         return SEEN
-    return NOT_SEEN if reversed_ else OPEN
+    return NOT_SEEN if not_seen else OPEN
 
 
 def judge_order(order: Order, found: Estimate | None, level: float = 0.95, margin=None) -> str:
@@ -300,10 +300,11 @@ def judge_order(order: Order, found: Estimate | None, level: float = 0.95, margi
 def verdict(claim: Claim, found: list[Estimate | None]) -> str:
     """Judge a claim by the difference of each of its orders, None if it has not been run."""
     pairs = list(zip(claim.orders, found, strict=True))
-    strict = 1 - 0.05 / len(found)
-    if any(judge_order(o, f, strict, claim.margin) == NOT_SEEN for o, f in pairs):
+    level = 1 - 0.05 / len(found)  # Bonferroni
+    if any(judge_order(o, f, level, claim.margin) == NOT_SEEN for o, f in pairs):
         return NOT_SEEN
-    return SEEN if all(judge_order(o, f, margin=claim.margin) == SEEN for o, f in pairs) else OPEN
+    each = {judge_order(o, f, margin=claim.margin) for o, f in pairs}
+    return SEEN if each == {SEEN} else OPEN
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -392,22 +393,22 @@ def compare_systems(rows: list[dict], target: str, picture: Path) -> str:
     lines, bars = [], {}
     for name in names:
         mine = [r for r in rows if r["system"] == name]
-        found = {}
-        for measure, (title, _) in MEASURES.items():
-            found[title] = estimate(values_of(rows, name, measure, target))
-            if measure == "dice":
-                found[paired] = None
-                if name != reference:
-                    found[paired] = difference(rows, name, reference, "dice", target)
-        cases = count(mine, "case")
-        done, total = count(mine, "run"), int(mine[0]["folds"]) * count(mine, "seed")
-        complete = done == total
-        line = {"system": name, "folds": f"{done} of {total}", "cases": cases, **found}
-        line[CLASSIFIED] = classification_scores(mine)
-        if not complete:
-            line["folds"] += ", incomplete"
-        lines.append(line)
-        label = name if complete else f"{name}, {cases} cases"
+        found = {
+            title: estimate(values_of(mine, name, measure, target))
+            for measure, (title, _) in MEASURES.items()
+        }
+        found[paired] = None
+        if name != reference:
+            found[paired] = difference(rows, name, reference, "dice", target)
+        cases, done = count(mine, "case"), count(mine, "run")
+        total = int(mine[0]["folds"]) * count(mine, "seed")
+        folds, label = f"{done} of {total}", name
+        if done < total:
+            folds += ", incomplete"
+            label += f", {cases} cases"
+        line = {"system": name, "folds": folds, "cases": cases}
+        line |= {"Dice": found["Dice"], paired: found[paired]} | found
+        lines.append(line | {CLASSIFIED: classification_scores(mine)})
         bars[label] = {title: bar(found[title]) for title in ("Dice", paired, "FPV ml", "FNV ml")}
     figures.systems(bars, picture)
     columns = [column for column in lines[0] if any(line[column] for line in lines)]
