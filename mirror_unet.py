@@ -340,7 +340,7 @@ class MirrorUNet(nn.Module):
             raise ValueError(
                 f"size {size}: the strides need multiples of {multiples}; use {fit}, for example"
             )
-        values = prod(n // s for n, s in zip(size, strides))  # per channel, at the bottleneck
+        values = prod([n // s for n, s in zip(size, strides)])  # per channel, at the bottleneck
         if self.norm == "batch":
             values *= shape[0]
         if values < 2 and (self.norm == "instance" or self.training):

@@ -42,7 +42,7 @@ PHRASES = {
     r"[Tt]umour(?!$)": "tumor",
 }
 # Names of data sets and of options of older versions.
-NAMES_OF_DATA = re.compile(r"brain_tumour|BrainTumour|was=\"\w+\"|healthy_fpv_ml|--(no-)?healthy")
+NAMES_OF_DATA = re.compile(r"brain_tumour|BrainTumour|was=\"\w+\"|--(no-)?healthy")
 
 
 def tracked(*patterns: str) -> list[Path]:
