@@ -1,4 +1,4 @@
-"""evaluate.py: rows per case, the SUV threshold, means and tables, by hand on tiny studies."""
+"""evaluate.py: rows per case, means and tables, and the SUV threshold, by hand on tiny studies."""
 
 import csv
 import dataclasses
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_data import write_petct
 
+from baselines import suv_threshold
 from data import CachedCase, find_petct
 from evaluate import (
     evaluate_case,
@@ -16,7 +17,6 @@ from evaluate import (
     print_table,
     read_truth,
     summarize,
-    suv_threshold,
     true_mask,
     write_table,
 )

@@ -1,36 +1,52 @@
-"""The committed notebooks are those of their committed sources, ran without an error, and have their figures."""
+"""The committed notebooks: made from their sources, run without an error, with their figures."""
 
 import sys
 
 import pytest
 from conftest import ROOT
 
-nbformat = pytest.importorskip("nbformat", reason="the notebooks' packages are not installed: pip install '.[dev]'")
-jupytext = pytest.importorskip("jupytext", reason="the notebooks' packages are not installed: pip install '.[dev]'")
+REASON = "the packages of the notebooks are not installed: pip install '.[dev]'"
+nbformat = pytest.importorskip("nbformat", reason=REASON)
+jupytext = pytest.importorskip("jupytext", reason=REASON)
 sys.path.append(str(ROOT / "tutorials"))
 
 SOURCES = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
+every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
 def notebook_of(source):
     return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
 
 
-def test_every_tutorial_is_there():
-    assert [s.stem for s in SOURCES] == ["01_fission", "02_losses", "03_kernels", "04_voxel_shuffling", "05_petct", "06_brain"]
+def test_every_source_has_a_notebook():
+    notebooks = sorted((ROOT / "tutorials").glob("*.ipynb"))
+    assert [path.stem for path in notebooks] == [path.stem for path in SOURCES]
+    assert len(SOURCES) == 6
+    readme = (ROOT / "README.md").read_text()
+    for path in notebooks:
+        assert f"(tutorials/{path.name})" in readme
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+@every_source
 def test_a_notebook_has_the_cells_of_its_source(source):
     from run import cells_of
 
     assert cells_of(notebook_of(source)) == cells_of(jupytext.read(source))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
-def test_a_notebook_ran_from_top_to_bottom_and_shows_its_figures(source):
-    code = [cell for cell in notebook_of(source).cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [out for cell in code for out in cell.outputs]
-    assert not [out for out in outputs if out.output_type == "error"]
-    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 3
+@every_source
+def test_a_notebook_ran_without_an_error(source):
+    cells = notebook_of(source).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
+    assert counts == list(range(1, len(code) + 1))
+    kinds = [out.output_type for cell in code for out in cell.outputs]
+    assert "error" not in kinds
+
+
+@every_source
+def test_a_notebook_shows_at_least_three_figures(source):
+    cells = notebook_of(source).cells
+    outputs = [out for cell in cells for out in cell.get("outputs", [])]
+    figures = [out for out in outputs if "image/png" in out.get("data", {})]
+    assert len(figures) >= 3
