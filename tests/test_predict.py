@@ -418,6 +418,7 @@ def test_one_brain_file_of_four_channels_or_two_files_give_the_same(root, tmp_pa
     assert len(set(found[0])) == 4  # the mask and three different maps
 
 
+@pytest.mark.slow
 def test_a_real_brain_study_is_trained_predicted_and_scored(real_brain, tmp_path):
     """One real glioma, coarse and briefly."""
     folder, out = tmp_path / "run", tmp_path / "out"

@@ -120,7 +120,7 @@ def test_schedules_by_hand():
         "--optimizer sgd --lr 0.01",
         "--norm batch",
         "--amp bf16 --patch 48 16 16",
-        "--no-channels-last",
+        slow("--no-channels-last"),
     ],
 )
 def test_the_loss_falls_on_one_batch(arguments, options):
@@ -162,8 +162,9 @@ def test_the_moving_average_counts_each_weight_once(arguments):
     assert len(set(addresses)) == len(addresses)
 
 
-def test_a_time_limit_ends_a_run_and_its_schedule(arguments):
-    run = make_run([*arguments, "--model", "v1", "--steps", "100000", "--minutes", "0.02"])
+def test_a_time_limit_ends_a_run_and_its_schedule(arguments, monkeypatch):
+    monkeypatch.setattr(Run, "report", lambda *_: None)  # pictures take time
+    run = make_run([*arguments, "--model", "v1", "--steps", "100000", "--minutes", "0.01"])
     run.train()
     assert run.progress() == 1 and 0 < run.step < 100_000
     rates = [row["lr"] for row in log_of(run.folder) if "lr" in row]
@@ -205,17 +206,18 @@ def test_a_run_leaves_everything_in_its_folder(arguments, tmp_path, model):
     assert Config.from_dict(config, "json") == Config.from_dict(state["config"], "pt")
 
 
-@pytest.mark.parametrize("model,targets", TASKS["brain"].items())
-def test_the_brain_trains(brain_root, tmp_path, model, targets):
+@pytest.mark.parametrize("model", ["v2", slow("v1")])
+def test_the_brain_trains(brain_root, tmp_path, model):
     args = ["--data", "brain", "--root", brain_root, "--cache", tmp_path / "c", "--folds", 3]
     args += [*SMALL, "--spacing", 5, 5, 5, "--model", model, "--steps", 2, "--validations", 1]
     main([*map(str, args), "--out", str(tmp_path / "run")])
     rows = table(tmp_path / "run" / "validation.csv")
-    assert tuple(row["target"] for row in rows) == targets
+    assert tuple(row["target"] for row in rows) == TASKS["brain"][model]
 
 
-def test_a_resumed_run_is_the_same_run_bit_for_bit(arguments, tmp_path):
+def test_a_resumed_run_is_the_same_run_bit_for_bit(arguments, tmp_path, monkeypatch):
     """Stopped in step 3 of 6 by the signal that Ctrl-C sends, and continued."""
+    monkeypatch.setattr(Run, "report", lambda *_: None)  # pictures take time
     args = [*arguments, "--model", "v3", "--steps", "6", "--ema", "0.9"]
     main(args)
     args[args.index("--out") + 1] = str(tmp_path / "halves")
