@@ -418,7 +418,7 @@ class Run:
 
 
 def averaged(model: nn.Module) -> list[Tensor]:
-    """What the moving average is of: parameters and running statistics, each shared one once."""
+    """The tensors to average: parameters and running statistics, each shared one once."""
     tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
     return [t for t in tensors if t.is_floating_point()]
 
@@ -497,7 +497,7 @@ def main(argv: list[str]) -> None:
     studies = f"{len(train)} studies to train on, {len(val)} held out"
     say(f"{c.model}, {count:,} parameters, {studies}, on {c.device} -> {run.folder}")
     if run.finished and run.progress() == 1:
-        say(f"this run is finished (step {run.step}); to train on, also give --steps or --minutes")
+        say(f"this run is finished (step {run.step}); to train longer, also give --steps or --minutes")
     else:
         try:
             run.train()
