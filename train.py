@@ -497,7 +497,7 @@ def main(argv: list[str]) -> None:
     studies = f"{len(train)} studies to train on, {len(val)} held out"
     say(f"{c.model}, {count:,} parameters, {studies}, on {c.device} -> {run.folder}")
     if run.finished and run.progress() == 1:
-        say(f"this run is finished (step {run.step}); to train longer, also give --steps or --minutes")
+        say(f"this run is finished (step {run.step}); to go further, give --steps or --minutes")
     else:
         try:
             run.train()
