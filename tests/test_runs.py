@@ -136,7 +136,7 @@ def test_a_finished_run_says_so_and_changes_nothing(studies, tmp_path):
     before = {name: (folder / name).read_bytes() for name in kept}
     done = call(["--resume", "--out", folder])
     assert done.returncode == 0
-    assert "this run is finished, after step 2" in done.stdout
+    assert "this run is finished (step 2)" in done.stdout
     assert before == {name: (folder / name).read_bytes() for name in kept}
     assert names_in(folder) == kept | {"config.json"}
     train.main(["--resume", "--out", str(folder), "--steps", "3"])
