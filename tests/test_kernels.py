@@ -213,6 +213,18 @@ def test_a_training_step_compiles_to_one_graph(use, version, path):
     check_gradients(grads[1], grads[0])
 
 
+def test_the_network_checks_its_input_without_a_graph_break():
+    net = MirrorUNet("v1", channels=(2, 3, 4, 5, 6))
+
+    def check(x):
+        net.check_input(x.shape)
+        return x + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(check, fullgraph=True, backend="eager")
+    assert (compiled(torch.zeros(1, 2, 32, 32, 32)) == 1).all()
+
+
 def test_a_training_step_saves_less_than_half_of_the_release():
     """Bytes per voxel saved for the backward pass of v3 at 96^3; the authors' release saves 410."""
     torch.manual_seed(0)

@@ -324,7 +324,7 @@ def test_a_nan_stays_in_its_instance(f, layout):
 
 
 def test_triton_is_bitwise_deterministic():
-    args = make_arguments((2, 3, 24, 24, 24))
+    args = make_arguments((1, 2, 24, 24, 24))  # two tiles per instance
     grad_output = torch.randn(args[0].shape, device=DEVICE)
     first, second = (run_both_ways(norm_act_triton, args, grad_output) for _ in range(2))
     for name, a, b in zip(NAMES, first, second):
@@ -442,8 +442,15 @@ def test_opcheck(layout, affine, slopes, residual):
     torch.library.opcheck(backward, (*given, leak, stats))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
+@pytest.mark.parametrize(
+    "backend,layout",
+    [
+        ("aot_eager", LAST),
+        pytest.param("aot_eager", torch.contiguous_format, marks=slow),
+        pytest.param("inductor", LAST, marks=slow),
+        pytest.param("inductor", torch.contiguous_format, marks=slow),
+    ],
+)
 @pytest.mark.parametrize("f", PATHS)
 def test_it_compiles_without_a_graph_break(f, backend, layout):
     args = make_arguments((1, 4, 4, 4, 4), layout=layout)

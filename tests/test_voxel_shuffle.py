@@ -205,8 +205,15 @@ def test_without_cubes_x_is_copied_and_without_samples_nothing_happens(path):
 
 
 # ------------------------------------------------------------------------- gradients and compiling
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path,layout",
+    [
+        (voxel_shuffle_plain, torch.contiguous_format),
+        (voxel_shuffle_plain, LAST),
+        (voxel_shuffle_triton, LAST),
+        pytest.param(voxel_shuffle_triton, torch.contiguous_format, marks=slow),
+    ],
+)
 def test_the_gradient_is_the_inverse_shuffle(path, layout):
     x = torch.randn(2, 2, 9, 8, 7, device=DEVICE).contiguous(memory_format=layout)
     x.requires_grad_()
@@ -238,7 +245,7 @@ def test_gradcheck(path):
     [
         (False, torch.contiguous_format, False),
         (False, LAST, True),
-        (True, LAST, False),
+        pytest.param(True, LAST, False, marks=slow),
         pytest.param(True, torch.contiguous_format, False, marks=slow),
         pytest.param(True, LAST, True, marks=slow),
     ],
