@@ -1,22 +1,25 @@
 # %% [markdown]
 # # 1. Fission: two networks that share a bottleneck
 #
-# A PET/CT scanner takes two pictures of the same body. **PET** shows where sugar is used: tumors light up, and so do brain, heart,
-# kidneys and bladder. **CT** shows what the body is made of. To find tumors one wants both, and nearly every network *fuses* them:
-# the two images enter as two channels, or two predictions are averaged at the end.
+# A PET/CT scanner takes two images of the same body. **PET** shows where tissue takes up sugar:
+# tumors light up, and so do the brain, the heart, the kidneys and the bladder. **CT** shows the
+# anatomy. Both help to find tumors, and nearly every network *fuses* them: the two images enter
+# as two channels, or two predictions are averaged at the end.
 #
-# Mirror U-Net ([arXiv 2303.07126](https://arxiv.org/abs/2303.07126)) does the opposite, **fission**: each modality keeps a U-Net of its
-# own, each U-Net gets a *task* of its own, and only a few layers belong to both. This notebook takes the network apart: what it is made
-# of, what is shared, and what follows from that. You need PyTorch's basics and the paper's abstract. It runs in about a minute, without
-# a GPU and with nothing to download.
+# Mirror U-Net ([arXiv 2303.07126](https://arxiv.org/abs/2303.07126)) does the opposite, called
+# **fission**: each modality has its own U-Net, each U-Net has its own *task*, and the two share a
+# few layers. This notebook takes the network apart: its parts, what is shared, and what follows
+# from that. You need the basics of PyTorch and the abstract of the paper. The notebook runs in
+# about a minute, without a GPU and without a download.
 
 # %%
 import os
 from pathlib import Path
 
-if Path.cwd().name == "tutorials":  # where Jupyter starts; the code is one folder up
+if Path.cwd().name == "tutorials":  # Jupyter starts here; the code is one folder up
     os.chdir("..")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two cores be shared with other programs; must come before torch
+# Let waiting threads sleep, so that other programs can use the cores. Set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
 from io import BytesIO
@@ -37,65 +40,75 @@ from mirror_unet import MirrorUNet, from_official
 plt.rcParams["figure.dpi"] = 90
 
 # %% [markdown]
-# ## Two pictures of one patient
+# ## Two images of one patient
 #
-# The patients here are made up: `phantom.py` draws synthetic bodies. `write_petct` writes them as NIfTI files, `find_petct` lists them, and
-# `preprocess` brings one to the network's grid and scales both images to values of about 0 to 1, exactly as with real data.
+# The patients in these notebooks are synthetic: `phantom.py` draws them. `write_petct` writes them
+# as NIfTI files, `find_petct` lists the files, and `preprocess` resamples a study to the network's
+# grid and scales both images to values from 0 to 1, exactly as it does with real data.
 
 # %%
-spacing = (6.0, 6.0, 6.0)  # mm: coarse, so that everything here is quick
+spacing = (6.0, 6.0, 6.0)  # mm; coarse, so that this notebook is fast
 phantom.write_petct("cache/tutorials/petct-6mm", 2, spacing=spacing)
 case = data.find_petct("cache/tutorials/petct-6mm")[0]
 study = data.preprocess(case, data.Preprocessing(spacing=spacing))
-ct, pet = study["image"].astype(np.float32)
-tumor = study["label"]
+ct, pet = study["image"].astype(np.float32)  # (D, H, W) each
+tumor = study["label"]  # (D, H, W)
 
-where = int(tumor.sum((0, 2)).argmax())  # the coronal slice with the most tumor
+y = int(tumor.sum((0, 2)).argmax())  # the coronal slice with the most tumor
 fig, axes = plt.subplots(1, 3, figsize=(8.5, 6.6), layout="constrained")
-axes[0].imshow(ct[:, where].T, origin="lower", cmap="gray")
+axes[0].imshow(ct[:, y].T, origin="lower", cmap="gray")
 axes[1].imshow(pet.max(1).T, origin="lower", cmap="gray_r", vmax=0.7)
-axes[2].imshow(pet[:, where].T, origin="lower", cmap="gray_r", vmax=0.7)
-axes[2].contour(tumor[:, where].T, [0.5], colors=figures.TRUTH)
-for ax, title in zip(axes, ("CT, one slice", "PET, brightest along the view", "PET, tumors outlined")):
-    ax.set(title=title, xticks=[], yticks=[])
+axes[2].imshow(pet[:, y].T, origin="lower", cmap="gray_r", vmax=0.7)
+axes[2].contour(tumor[:, y].T, [0.5], colors=figures.TRUTH)
+titles = ("CT, one slice", "PET, maximum projection", "PET, the same slice, tumors outlined")
+for ax, title in zip(axes, titles):
+    ax.set_title(title, fontsize=10)
+    ax.set(xticks=[], yticks=[])
 plt.show()
 
 # %% [markdown]
-# In the projection (middle; uptake is dark) one sees four tumors: two that the slice on the right outlines, one in the spine and one
-# in the liver. Brain and bladder are as dark, and kidneys not much lighter. How far does each modality get by its values alone? Here
-# are all voxels of the body, and those of the tumors:
+# The projection (in the middle; high uptake is dark) shows four tumors: the two that are outlined
+# in the slice on the right, one in the spine and one in the liver. Brain and bladder are just as
+# dark, and the kidneys are only a little lighter. How well can the values of one modality separate
+# tumor from normal tissue? The histograms show all voxels of the body and those of the tumors:
 
 # %%
 body = ct > 0
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-for ax, image, title in ((axes[0], ct, "CT: -100 to 250 HU became 0 to 1"), (axes[1], pet, "PET: SUV 0 to 15 became 0 to 1")):
-    for mask, color, label in ((body, "#8a919c", "body"), (tumor > 0, figures.TRUTH, "tumor")):
-        ax.hist(image[mask], bins=50, range=(0, 1), density=True, histtype="stepfilled", alpha=0.6, color=color, label=label)
-    ax.set(title=title, yscale="log", ylabel="share of voxels (log scale)", yticks=[])
+titles = ("CT: -100 to 250 HU scaled to 0 to 1", "PET: SUV 0 to 15 scaled to 0 to 1")
+for ax, image, title in zip(axes, (ct, pet), titles):
+    options = dict(bins=50, range=(0, 1), density=True)
+    ax.hist(image[body], histtype="stepfilled", color="#c9ced6", label="body", **options)
+    ax.hist(image[tumor > 0], histtype="step", color=figures.TRUTH, lw=2, label="tumor", **options)
+    ax.set(title=title, xlabel="value", yscale="log", ylabel="density (log scale)", yticks=[])
 axes[1].legend()
 plt.show()
 
 low, high = np.percentile(ct[tumor > 0], [10, 90])
-alike = ((ct[body] > low) & (ct[body] < high)).mean()
-hotter = (pet[body] > np.median(pet[tumor > 0])).mean()
+similar = ((ct[body] > low) & (ct[body] < high)).mean()
+brighter = (pet[body] > np.median(pet[tumor > 0])).mean()
 print(f"{(tumor[body] > 0).mean():.1%} of the body's voxels are tumor")
-print(f"CT: {alike:.0%} of them have values like the middle four fifths of the tumors' voxels")
-print(f"PET: {hotter:.1%} of them are hotter than half of the tumors' voxels")
+print(f"CT:  {similar:.0%} of the body has values in the central 80 % of the tumors' values")
+print(f"PET: {brighter:.1%} of the body is brighter than the tumors' median")
 
 # %% [markdown]
-# In CT three of the tumors have the values of soft tissue, and the one in the spine those of bone (at 1). PET has the contrast, but
-# most of what is hot is not tumor. So the modalities are not two views of one kind: they are good at *different tasks*.
+# On CT three of the tumors have the values of soft tissue, and the tumor in the spine has those of
+# bone (at 1). PET has the contrast, but most of what is bright on PET is not tumor. So the two
+# modalities are not interchangeable: they are good at *different tasks*.
 #
-# **Why not fuse, then?** In early fusion (two channels into one U-Net) no layer belongs to a modality, and a single loss decides what
-# is taken from which: nothing asks for the anatomy as such. In late fusion (two U-Nets, predictions averaged) the CT has to segment
-# what it hardly shows. Fission gives each its own task:
+# **Why not fuse them?** In early fusion (two channels into one U-Net) no layer belongs to one
+# modality, and a single loss decides what is used of which image; nothing asks for the anatomy
+# itself. In late fusion (two U-Nets, averaged predictions) the CT network has to segment what CT
+# hardly shows. Fission gives each modality its own task:
 #
 # * the **PET** branch segments the tumor;
-# * the **CT** branch reconstructs its own (corrupted) input: a task that needs no labels and is all anatomy;
-# * both send their features through **the same bottleneck weights**, which must therefore serve both.
+# * the **CT** branch reconstructs its own (corrupted) input, a task that needs no labels and
+#   consists of anatomy only;
+# * both pass their features through **the same bottleneck weights**, which must serve both tasks.
 #
-# That this beats fusion is the paper's claim; this notebook shows how it works, not that it wins. Here is the network, drawn from the
-# live object: box sizes are the true sizes, and levels 1 to 9 are numbered as in the paper.
+# The paper claims that fission beats fusion. This notebook shows how fission works, not that it is
+# better. Here is the network, drawn from the live object: the size of a box shows the size of its
+# feature map, and the levels are numbered from 1 to 9 as in the paper.
 
 
 # %%
@@ -105,22 +118,25 @@ def draw(net, size=(96, 96, 96)):
     return Image(png.getvalue(), width=860)
 
 
+torch.manual_seed(0)
 v3 = MirrorUNet("v3")
 draw(v3)
 
 # %% [markdown]
-# ## What is shared: ask the objects
+# ## What is shared?
 #
-# A branch is a list of nine levels. Sharing level 5 means that *the same module object* sits in both lists. In Python that is the `is`
-# operator, nothing more.
+# A branch is a list of nine levels. Level 5 is shared: *the same module object* is in both lists.
+# In Python the operator `is` tests this.
 
 # %%
 for n, (a, b) in enumerate(zip(v3.ct.levels, v3.pet.levels), start=1):
-    print(f"level {n}   {type(a).__name__:13}  {'one object, in both branches' if a is b else 'two objects'}")
+    shared = "one object, in both branches" if a is b else "two objects"
+    print(f"level {n}   {type(a).__name__:13}  {shared}")
 
 # %% [markdown]
-# So a step of the optimiser that was asked for by one branch changes the other one, too. Let us change a shared and an unshared weight
-# in the CT branch and look at the PET branch:
+# So an optimizer step that comes from the loss of one branch also changes the other branch. As a
+# test, we change an unshared weight (level 4) and a shared one (level 5) in the CT branch and read
+# the same weights in the PET branch:
 
 # %%
 with torch.no_grad():
@@ -128,73 +144,91 @@ with torch.no_grad():
         weight = v3.ct.levels[n - 1].units[0].conv.weight
         weight[0, 0, 0, 0, 0] = 42.0
         seen = v3.pet.levels[n - 1].units[0].conv.weight[0, 0, 0, 0, 0]
-        print(f"level {n}: wrote 42 into the CT branch, the PET branch holds {seen:.3f}")
+        print(f"level {n}: the CT branch now has 42.000, the PET branch has {seen:.3f}")
 
 # %% [markdown]
-# The paper calls the set of shared levels $L$ and studies several. Each row below is a network built with that `share`; a cell is
-# filled where `ct.levels[n] is pet.levels[n]`.
+# The paper calls the set of shared levels $L$ and compares several. Each row below is a network
+# built with that `share`; a cell is filled if `ct.levels[n - 1] is pet.levels[n - 1]`.
 
 # %%
 shares = [(), (3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7)]
 nets = [MirrorUNet("v1", share) for share in shares]
-same = np.array([[a is b for a, b in zip(net.ct.levels, net.pet.levels)] for net in nets])
+same = [[a is b for a, b in zip(net.ct.levels, net.pet.levels)] for net in nets]
 millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets]
 
+rows, names = np.arange(len(shares)) + 0.5, [f"L = {set(s) if s else '{ }'}" for s in shares]
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-left.pcolormesh(same, cmap="Purples", vmax=1.3, edgecolors="white", linewidth=2)
-left.set(xticks=np.arange(9) + 0.5, xticklabels=range(1, 10), xlabel="level", title="shared levels")
-left.set(yticks=np.arange(len(shares)) + 0.5, yticklabels=[f"L = {set(s) if s else '{ }'}" for s in shares])
+left.pcolormesh(np.array(same), cmap="Purples", vmax=1.3, edgecolors="white", linewidth=2)
+left.set(xticks=np.arange(9) + 0.5, xticklabels=range(1, 10), xlabel="level")
+left.set(title="shared levels", yticks=rows, yticklabels=names)
 left.invert_yaxis()
-bars = right.barh(np.arange(len(shares)) + 0.5, millions, color=figures.SHARED, height=0.7)
+bars = right.barh(rows, millions, color=figures.SHARED, height=0.7)
 right.bar_label(bars, fmt="%.2f", padding=3)
 right.set(xlabel="million parameters (v1)", xlim=(0, 11.5), title="a shared level counts once")
 plt.show()
 
 # %% [markdown]
-# **Your turn.** $L=\{5\}$ saves more than $L=\{3\}$, $\{4\}$, $\{6\}$ and $\{7\}$ do. Before you go on: why? (Look at the drawing: what
-# is wide at level 5?)
+# **Your turn.** $L=\{5\}$ saves more parameters than $L=\{3\}$, $\{4\}$, $\{6\}$ and $\{7\}$ do.
+# Why? Think about it before you read on. (Look at the drawing: what is wide at level 5?)
 #
 # ## Shapes at every level
 #
-# Answer: a convolution from $a$ to $b$ channels has $27ab$ weights, and level 5 is where channels are many, 128 to 256. Its images are
-# small, though: four strides of two leave $96/16=6$ voxels a side. A forward hook on every level writes down what comes out:
+# Answer: a convolution from $a$ to $b$ channels has $27ab$ weights, and level 5 has the most
+# channels, 128 to 256. Its feature maps are small, though: after four strides of two, a side has
+# $96/16=6$ voxels. A forward hook on every level records the shape of its output:
 
 # %%
 shapes = {}
-for n, level in enumerate(v3.pet.levels, start=1):
-    level.register_forward_hook(lambda module, inputs, output, n=n: shapes.__setitem__(n, tuple(output.shape)))
 
+
+def record_shape(n):
+    """A forward hook that stores the shape of the output of level n."""
+
+    def hook(module, inputs, output):
+        shapes[n] = tuple(output.shape)
+
+    return hook
+
+
+for n, level in enumerate(v3.pet.levels, start=1):
+    level.register_forward_hook(record_shape(n))
 with torch.no_grad():
-    out = v3.eval()(torch.rand(1, 2, 96, 96, 96))  # channel 0 CT, channel 1 PET
+    out = v3.eval()(torch.rand(1, 2, 96, 96, 96))  # channel 0: CT, channel 1: PET
 weights = [sum(p.numel() for p in level.parameters()) for level in v3.pet.levels]
 values = [int(np.prod(shapes[n])) for n in range(1, 10)]
-print("level   output of a 96 x 96 x 96 patch    values     weights")
+print("level   output, input 96 x 96 x 96       values     weights")
 for n in range(1, 10):
-    print(f"  {n}     {str(shapes[n]):26}   {values[n - 1]:9,}   {weights[n - 1]:9,}")
+    print(f"  {n}     {str(shapes[n]):26} {values[n - 1]:9,}   {weights[n - 1]:9,}")
 
 # %%
 fig, ax = plt.subplots(figsize=(9, 3), layout="constrained")
-at = np.arange(1, 10)
-ax.bar(at - 0.2, np.array(values) / 1e6, 0.4, color=figures.PET, edgecolor=figures.INK, label="values that come out (millions)")
-ax.bar(at + 0.2, np.array(weights) / 1e6, 0.4, color=figures.SHARED, edgecolor=figures.INK, label="weights (millions)")
-ax.set(xticks=at, xlabel="level of one branch", title="Memory goes to the ends, parameters to the middle")
+levels, style = np.arange(1, 10), dict(width=0.4, edgecolor=figures.INK)
+outputs = np.array(values) / 1e6
+ax.bar(levels - 0.2, outputs, color=figures.PET, label="output values (millions)", **style)
+label = "weights (millions)"
+ax.bar(levels + 0.2, np.array(weights) / 1e6, color=figures.SHARED, label=label, **style)
+ax.set(xticks=levels, xlabel="level of one branch", ylabel="millions")
+ax.set_title("Most values are at the outer levels, most weights in the middle")
 ax.legend()
 plt.show()
 
 # %% [markdown]
-# Sharing the bottleneck therefore costs little freedom where images are fine, and ties the branches where each value has seen a large
-# part of the patch. The paper finds $L=\{5\}$ best, and sharing shallower, deeper or more levels worse.
+# So sharing the bottleneck leaves the fine levels free, and ties the branches together at the level
+# at which each value sees a large part of the patch. In the paper $L=\{5\}$ is the best choice;
+# other levels, or more of them, are worse.
 #
 # ## Four versions
 #
-# The same two branches, four sets of tasks. v3 is above; here are the other three.
+# The same two branches, with four sets of tasks. v3 is drawn above; here are the other three.
 #
 # | version | CT decoder | PET decoder | from the bottleneck |
 # |---|---|---|---|
 # | v1 | reconstruct CT | segment | – |
 # | v2 | reconstruct CT | segment | a light decoder reconstructs PET from *both* bottlenecks |
-# | v3 | reconstruct CT | segment | as v2, and a classifier: is there a tumor at all? |
-# | v4 | segment | segment | –; the two segmentations are averaged, $w\cdot\mathrm{CT}+(1-w)\cdot\mathrm{PET}$ with $w=0.1$ |
+# | v3 | reconstruct CT | segment | as v2, and a classifier: is there any tumor? |
+# | v4 | segment | segment | – |
+#
+# v4 averages its two segmentations, $w\cdot\mathrm{CT}+(1-w)\cdot\mathrm{PET}$ with $w=0.1$.
 
 # %%
 draw(MirrorUNet("v1"))
@@ -206,116 +240,150 @@ draw(MirrorUNet("v2"))
 draw(MirrorUNet("v4"))
 
 # %% [markdown]
-# The network returns a named tuple; a field is `None` where a version has no such output. `seg` holds logits (numbers whose softmax are
-# the probabilities) of background and tumor.
+# The network returns a named tuple; a field is `None` if the version has no such output. `seg`
+# holds logits (the softmax turns them into probabilities) of background and tumor.
 
 # %%
 x = torch.rand(1, 2, 32, 32, 32)
 for version in ("v1", "v2", "v3", "v4"):
-    fields = MirrorUNet(version).eval()(x)._asdict()
-    print(version, {name: tuple(value.shape) for name, value in fields.items() if value is not None})
+    outputs = MirrorUNet(version).eval()(x)._asdict()
+    print(version, {name: tuple(t.shape) for name, t in outputs.items() if t is not None})
 
 # %% [markdown]
-# ## Parameters by part
+# ## Parameters per part
 #
-# Each parameter is counted once, under the part that owns it. `parameters()` already lists a shared one only once.
-
+# Each parameter is counted once, for the part that owns it. `named_parameters()` already lists a
+# shared parameter only once.
 
 # %%
+PARTS = {  # part: color, hatching
+    "CT branch": (figures.CT, ""),
+    "PET branch": (figures.PET, "//"),
+    "shared": (figures.SHARED, ""),
+    "light decoder": ("#c9ced6", ".."),
+    "classifier": ("#2b2f36", ""),
+}
+
+
 def part_of(name, net):
-    branch, *rest = name.split(".")
+    """The part of the network that a parameter belongs to."""
+    first, *rest = name.split(".")
     if rest[:1] == ["levels"] and int(rest[1]) + 1 in net.share:
         return "shared"
-    return {"ct": "CT branch", "pet": "PET branch", "bottleneck_decoder": "light decoder"}.get(branch, branch)
+    names = {"ct": "CT branch", "pet": "PET branch", "bottleneck_decoder": "light decoder"}
+    return names.get(first, first)
 
 
-parts = {"CT branch": figures.CT, "PET branch": figures.PET, "shared": figures.SHARED, "light decoder": "#8a919c", "classifier": "#2b2f36"}
+versions = ("v1", "v2", "v3", "v4")
 fig, ax = plt.subplots(figsize=(9, 2.8), layout="constrained")
-for row, version in enumerate(("v1", "v2", "v3", "v4")):
+for row, version in enumerate(versions):
     net, start = MirrorUNet(version), 0
-    count = dict.fromkeys(parts, 0)
+    count = dict.fromkeys(PARTS, 0)
     for name, p in net.named_parameters():
         count[part_of(name, net)] += p.numel()
     for part, n in count.items():
-        ax.barh(row, n / 1e6, left=start, color=parts[part], edgecolor="white", label=part if row == 2 else None)
+        color, hatch = PARTS[part]
+        style = dict(color=color, hatch=hatch, edgecolor="white")
+        ax.barh(row, n / 1e6, left=start, label=part if version == "v3" else None, **style)
         start += n / 1e6
     ax.text(start + 0.1, row, f"{sum(count.values()):,}", va="center")
     print(version, {part: f"{n:,}" for part, n in count.items() if n})
-ax.set(yticks=range(4), yticklabels=["v1", "v2", "v3", "v4"], xlabel="million parameters", xlim=(0, 10))
+ax.set(yticks=range(4), yticklabels=versions, xlabel="million parameters", xlim=(0, 10))
 ax.invert_yaxis()
 fig.legend(loc="outside upper center", ncols=5)
 plt.show()
 
 # %% [markdown]
-# Of v1's 6.9 million each branch has 2.1 to itself; the one shared level alone has 2.7.
+# Of the 6.9 million parameters of v1, each branch owns 2.1 million; the one shared level alone has
+# 2.7 million.
 #
 # ## Loading the authors' weights
 #
-# The authors published their code; this network computes the same function, and `from_official` reads a state dict (a checkpoint's
-# names and tensors) of theirs. Their file is **not** here, so we make one that looks like it: a network's own weights, under the names
-# that the release gives them. The two functions that do the renaming are those by which `from_official` reads, so this cell alone would
-# not prove that the names are right; the tests do, against outputs and gradients that the authors' code computed.
+# The authors published their code. This network computes the same function, and `from_official`
+# reads a state dict (the names and tensors of a checkpoint) of the release. The authors' file is
+# **not** part of this repository, so we make one that looks like it: the weights of one of our
+# networks, under the names that the release uses. The function that renames them is the one that
+# `from_official` uses, so this cell cannot prove that the names are right. The tests do that: they
+# compare outputs and gradients with those of the authors' code.
 
 # %%
-from mirror_unet import _official_name, _official_prefixes
+from mirror_unet import _official_name
+
+
+def official_name(name):
+    return _official_name(name, share=(5,), finest_first=True)
+
 
 torch.manual_seed(0)
-donor = MirrorUNet("v3", norm="batch").eval()  # the release uses batch norm; our default is instance norm
-prefixes = _official_prefixes("v3", (5,), ups_finest_first=True)
-official = {_official_name(name, prefixes): value for name, value in donor.state_dict().items()}
-print(f"{len(donor.state_dict())} names here, {len(official)} in the official style: what is shared is named once there")
-for name in ("ct.levels.0.units.1.conv.weight", "pet.levels.8.up.slope", "ct.levels.4.shortcut.bias", "pet.levels.4.shortcut.bias"):
-    print(f"{name:32} -> {_official_name(name, prefixes)}")
+donor = MirrorUNet("v3", norm="batch").eval()  # as in the release; our default is instance norm
+official = {official_name(name): value for name, value in donor.state_dict().items()}
+print(f"{len(donor.state_dict())} names here, {len(official)} in the official style,", end=" ")
+print("which names a shared tensor once")
+for name in (
+    "ct.levels.0.units.1.conv.weight",
+    "pet.levels.8.up.slope",
+    "ct.levels.4.shortcut.bias",
+    "pet.levels.4.shortcut.bias",
+):
+    print(f"{name:32} -> {official_name(name)}")
 
 # %%
 loaded, report = from_official(official)
 print({key: report[key] for key in ("version", "preset", "share", "channels", "left_over")})
 with torch.no_grad():
-    print("same outputs, bit for bit:", all(torch.equal(a, b) for a, b in zip(donor(x), loaded(x))))
+    equal = [torch.equal(a, b) for a, b in zip(donor(x), loaded(x))]
+print("same outputs, bit for bit:", all(equal))
 
 # %% [markdown]
-# Version, share set and widths were read off the names and shapes alone. With a file it is `from_official(torch.load(file,
-# weights_only=True))`; `weights_only` means that a stranger's file cannot run code. What does not fit is refused, not half-loaded:
+# The function reads version, share set and widths from the names and shapes alone. For a file the
+# call is `from_official(torch.load(file, weights_only=True))`; with `weights_only` a file of
+# unknown origin cannot run code. A state dict that does not fit is refused, never loaded in part:
 
 # %%
+missing_one = {name: t for name, t in official.items() if name != "dec.1.0.conv.bias"}
 try:
-    from_official({name: value for name, value in official.items() if name != "dec.1.0.conv.bias"})
+    from_official(missing_one)
 except ValueError as error:
     print(error)
 
 # %% [markdown]
 # ## Weights are shared, not features
 #
-# Now the point that is easiest to miss. Follow the arrows in v1's drawing from "segment tumor" back to the left: decoder, bottleneck,
-# encoder, PET. No arrow comes from the CT. The branches use the same *weights* at level 5, but each sends its own image through them.
+# Here is the point that is easiest to miss. In the drawing of v1, follow the arrows from "segment
+# tumor" back to the left: decoder, bottleneck, encoder, PET. No arrow comes from the CT. At level 5
+# the branches use the same *weights*, but each passes only its own image through them.
 #
-# **Your turn.** If that is so, what happens to the segmentation of v1, v2, v3 and v4 when the CT is replaced by noise? And the two
-# reconstructions? Write down your guess.
+# **Your turn.** What follows from this: how does the segmentation of v1, v2, v3 and v4 change if
+# the CT is replaced by noise? How do the reconstructions of CT and PET change? Write down your
+# guess.
 #
-# To have something to look at, we first train each version for some seconds on 48 slices of the one patient above. (So this says
-# nothing about other patients. The loss is the subject of the next notebook; `MirrorLoss` knows each version's.)
+# For a meaningful picture we first train each version for some seconds, on 48 slices of the patient
+# above. (So the result says nothing about other patients. The next notebook explains the loss;
+# `MirrorLoss` computes it for each version.)
 
 # %%
-low = int(np.clip(tumor.sum((0, 1)).argmax() - 24, 0, tumor.shape[2] - 48))
-slab = torch.from_numpy(study["image"][None, :, 8:56, :, low : low + 48]).float()  # (1, 2, 48, 48, 48)
-truth = torch.from_numpy(tumor[None, None, 8:56, :, low : low + 48]).long()
+low = int(tumor.sum((0, 1)).argmax()) - 24
+low = int(np.clip(low, 0, tumor.shape[2] - 48))
+slab = study["image"][None, :, 8:56, :, low : low + 48]
+slab = torch.from_numpy(slab).float()  # (1, 2, 48, 48, 48)
+truth = torch.from_numpy(tumor[None, None, 8:56, :, low : low + 48]).long()  # (1, 1, 48, 48, 48)
 batch = {"ct": slab[:, :1], "pet": slab[:, 1:], "seg": truth, "tumor": torch.ones(1)}
 
 trained = {}
-for version in ("v1", "v2", "v3", "v4"):
+for version in versions:
     torch.manual_seed(0)
     net, loss = MirrorUNet(version, channels=(8, 16, 32, 64, 128)), MirrorLoss(version)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(50):
-        total, parts_of_loss = loss(net(slab), batch)
+        total, parts = loss(net(slab), batch)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
     trained[version] = net.eval()
-    print(f"{version}: Dice loss {parts_of_loss['seg_dice']:.2f}")
+    print(f"{version}: Dice loss {parts['seg_dice']:.2f}")
 
 # %% [markdown]
-# Now each network twice: with the patient's CT, and with noise in its place.
+# Now we run each network twice: with the patient's CT, and with noise instead of the CT.
 
 # %%
 torch.manual_seed(1)
@@ -331,84 +399,103 @@ with torch.no_grad():
             if a is not None:
                 changes[version, name] = (a - b).abs().max().item()
 
-print("largest change of an output when CT becomes noise")
+print("largest change of each output when noise replaces the CT")
 for version in trained:
-    print(f"{version}   " + "   ".join(f"{name} {c:.4f}" for (v, name), c in changes.items() if v == version))
-assert all(changes[v, "seg"] == 0 for v in ("v1", "v2", "v3")) and changes["v3", "tumor"] == 0  # not small: zero
+    found = [f"{name} {change:.4f}" for (v, name), change in changes.items() if v == version]
+    print(version, "  ".join(found), sep="   ")
+assert all(changes[v, "seg"] == 0 for v in ("v1", "v2", "v3"))  # exactly zero
+assert changes["v3", "tumor"] == 0
 assert changes["v4", "seg"] > 0
 
 # %%
-y = int(truth[0, 0].sum((0, 2)).argmax())
+y = int(truth[0, 0].sum((0, 2)).argmax())  # the coronal slice with the most tumor
 fig, axes = plt.subplots(4, 4, figsize=(8, 6.6), layout="constrained")
-inputs = (("CT", slab[0, 0], "gray"), ("noise in its place", noisy[0, 0], "gray"), ("PET", slab[0, 1], "gray_r"))
-for ax, (title, image, cmap) in zip(axes[:, 0], inputs):
-    ax.imshow(image[:, y].T, origin="lower", cmap=cmap, vmax=0.7 if title == "PET" else 1)
-    ax.set_ylabel(title)
+inputs = {"CT": slab[0, 0], "noise": noisy[0, 0], "PET": slab[0, 1]}
+for ax, (name, image) in zip(axes[:, 0], inputs.items()):
+    style = dict(cmap="gray_r", vmax=0.7) if name == "PET" else dict(cmap="gray", vmax=1)
+    ax.imshow(image[:, y].T, origin="lower", **style)
+    ax.set_ylabel(name)
 axes[3, 0].axis("off")
 for row, version in zip(axes[:, 1:], trained):
     a, b = tumor_maps[version]
-    row[0].imshow(a[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=1)
-    row[1].imshow(b[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=1)
-    shown = row[2].imshow(np.abs(a - b)[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=0.1)
+    highs = (1, 1, 0.1)
+    for ax, values, high in zip(row, (a, b, np.abs(a - b)), highs):
+        shown = ax.imshow(values[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=high)
+        ax.contour(truth[0, 0, :, y].T, [0.5], colors="white", linewidths=0.8)
     row[0].set_ylabel(version, fontsize=13)
-for ax, title in zip(axes[0], ("inputs", "P(tumor), with the CT", "P(tumor), with noise", "difference")):
+titles = ("inputs", "P(tumor), with CT", "P(tumor), with noise", "absolute difference")
+for ax, title in zip(axes[0], titles):
     ax.set_title(title, fontsize=10)
 for ax in axes.ravel():
     ax.set(xticks=[], yticks=[])
-for ax in axes[:, 1:].ravel():
-    ax.contour(truth[0, 0, :, y].T, [0.5], colors="white", linewidths=0.8)
-fig.colorbar(shown, ax=axes[:, 3], shrink=0.7)
+fig.colorbar(shown, ax=axes[:, 3], shrink=0.7, label="difference of the probabilities")
 plt.show()
 
 # %% [markdown]
-# **Answer.** In v1, v2 and v3 the segmentation and v3's classifier do not change by one bit, whatever the share set. What does change:
-# the CT's reconstruction of course, and the PET's reconstruction in v2 and v3, since the light decoder reads both bottlenecks. v4's
-# segmentation changes, because its CT branch votes with weight $w=0.1$.
+# The white outline is the true tumor.
 #
-# This follows from the architecture (the authors' own code behaves so, too), and the paper does not spell it out. Two consequences:
+# **Answer.** In v1, v2 and v3 the segmentation and v3's classifier do not change by a single bit,
+# whatever the share set. What changes is the reconstruction of the CT, of course, and in v2 and v3
+# also that of the PET, because the light decoder reads both bottlenecks. The segmentation of v4
+# changes, because its CT branch contributes with weight $w=0.1$.
 #
-# * At test time a v1–v3 is a PET network. It needs no CT, and `segment` runs just the half that matters, with equal bits.
-# * The CT acts in *training* only: its loss moves the shared weights. That is a gradient, and we can measure it.
+# This follows from the architecture (the authors' own code behaves in the same way), but the paper
+# does not say so. It has two consequences:
+#
+# * At test time v1, v2 and v3 are PET networks. They need no CT, and the method `segment` runs only
+#   the PET half, with the same result bit for bit.
+# * The CT acts during *training* only: its loss changes the shared weights. That effect is a
+#   gradient, and we can measure it.
 
 # %%
 net = trained["v3"]
 with torch.no_grad():
-    print("PET alone gives the same segmentation:", torch.equal(net.segment(slab[:, 1:]).seg, net(slab).seg))
+    equal = torch.equal(net.segment(slab[:, 1:]).seg, net(slab).seg)
+print("PET alone gives the same segmentation:", equal)
 
 out = net(slab)
-pulls = {"CT reconstruction": (out.ct - batch["ct"]).square().mean(), "segmentation": MirrorLoss("v4")(out, batch)[0]}
-table = {}
-for task, value in pulls.items():
-    for n in range(1, 10):
-        for branch in ("ct", "pet"):
-            level = getattr(net, branch).levels[n - 1]
-            grads = torch.autograd.grad(value, list(level.parameters()), retain_graph=True, allow_unused=True)
-            table[task, branch, n] = sum(g.square().sum() for g in grads if g is not None) ** 0.5
+tasks = {
+    "CT reconstruction": (out.ct - batch["ct"]).square().mean(),
+    "segmentation": MirrorLoss("v4")(out, batch)[0],  # v4's loss is Dice + CE alone
+}
+
+
+def trains(loss, level):
+    """Whether a loss has a gradient for the weights of a level."""
+    parameters = list(level.parameters())
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return any(g is not None and g.any() for g in found)
+
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.5), sharey=True, layout="constrained")
-for ax, task in zip(axes, pulls):
-    reached = np.array([[float(table[task, branch, n]) > 0 for n in range(1, 10)] for branch in ("ct", "pet")])
-    ax.pcolormesh(reached, cmap="Greens", vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
-    ax.set(title=f"levels that the {task} trains", xlabel="level", xticks=np.arange(9) + 0.5, xticklabels=range(1, 10))
+for ax, (task, loss) in zip(axes, tasks.items()):
+    reached = [[trains(loss, level) for level in branch.levels] for branch in (net.ct, net.pet)]
+    style = dict(cmap="Greens", vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
+    ax.pcolormesh(np.array(reached, float), **style)
+    ax.set(title=f"levels trained by the {task}", xlabel="level")
+    ax.set(xticks=np.arange(9) + 0.5, xticklabels=range(1, 10))
     ax.set(yticks=(0.5, 1.5), yticklabels=("CT branch", "PET branch"), ylim=(2, 0))
 plt.show()
 
 # %% [markdown]
-# The CT's loss reaches one level of the PET branch, the shared one. Through that level alone the CT has its say in the segmentation.
+# The loss of the CT reconstruction reaches one level of the PET branch, the shared one. The CT
+# influences the segmentation only through this level.
 #
-# **Your turn.** Build `MirrorUNet("v1", share=(4, 5, 6))` and `MirrorUNet("v1", share=())` in place of `net` (and `pulls` as above).
-# Which cells fill? What, with nothing shared, is a v1? The answers are checked in the next cell.
+# **Your turn.** In the cell above, set `net` to `MirrorUNet("v1", share=(4, 5, 6))`, then to
+# `MirrorUNet("v1", share=())`. Which cells of the figure are filled? What is a v1 that shares
+# nothing? The next cell checks the answers.
 
 # %%
 for share in ((4, 5, 6), ()):
     net = MirrorUNet("v1", share, channels=(4, 4, 4, 4, 4))
-    value = net(slab).ct.square().mean()
-    value.backward()
-    reached = [n for n, level in enumerate(net.pet.levels, start=1) if any(p.grad is not None for p in level.parameters())]
-    print(f"share={share}: the CT's loss trains levels {reached} of the PET branch")
+    loss = net(slab).ct.square().mean()
+    reached = [n for n, level in enumerate(net.pet.levels, start=1) if trains(loss, level)]
+    print(f"share={share}: the CT loss trains levels {reached} of the PET branch")
 
 # %% [markdown]
-# With nothing shared, a v1 is two networks that happen to be trained at the same time; and the CT is of no use to the segmentation at all.
+# A v1 that shares nothing is two separate networks that happen to be trained at the same time, and
+# the CT does not help the segmentation at all.
 #
-# **Where to go on.** [`mirror_unet.py`](../mirror_unet.py) is the whole network in under 400 lines. Notebook 2 is about the losses, 4
-# about the corruption that makes the CT's reconstruction worth learning, and 5 trains a v3 and looks at its errors.
+# **Where to continue.** [`mirror_unet.py`](../mirror_unet.py) is the whole network, in fewer than
+# 500 lines. Notebook 2 explains the losses, notebook 4 the corruption that makes reconstructing the
+# CT worth learning, and notebook 5 trains a v3 and looks at its errors.

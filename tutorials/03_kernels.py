@@ -1,24 +1,27 @@
 # %% [markdown]
 # # 3. Kernels: move fewer bytes
 #
-# Between two convolutions a network does things that are easy to calculate and slow to run: a norm, an activation, a loss. On a GPU their
-# time goes into moving numbers to and from memory. This notebook counts those bytes, asks what the fewest would be, and builds the loss of
-# the second tutorial, Dice + cross entropy, as a **fused kernel** that gets there. You write its two halves yourself, in
-# [Triton](https://triton-lang.org), a Python dialect for GPU programs. Then: how a variance goes wrong that looks right on paper, and what
-# a compiler makes of all this.
+# Between two convolutions a network does things that need little arithmetic and much time: a norm,
+# an activation, a loss. On a GPU this time is spent on moving numbers to and from memory. This
+# notebook counts the bytes, asks for the smallest possible number, and builds the loss of the
+# second notebook, Dice + cross entropy, as a **fused kernel** that reaches it. You write its two
+# halves yourself, in [Triton](https://triton-lang.org), a Python dialect for GPU programs. After
+# that you see how a formula for the variance that is correct on paper fails in float32, and what a
+# compiler makes of the kernels.
 #
-# No GPU is needed. `TRITON_INTERPRET=1` makes Triton run its kernels in a slow interpreter on the CPU, which is what one wants for
-# learning: the numbers are right, and every load and store can be watched. **No GPU was measured** for what follows: bytes, registers and
-# instructions are counted, and where a GPU's speed is needed it is that of its public data sheet, and said to be. About 15 minutes to read;
-# a minute to run.
+# You need no GPU. With `TRITON_INTERPRET=1` Triton runs its kernels in a slow interpreter on the
+# CPU, which is ideal for learning: the numbers are right, and every load and store can be watched.
+# **Nothing here was measured on a GPU**: bytes, registers and instructions are counted, and where
+# the text needs the speed of a GPU it takes the numbers of the public data sheet and says so. The
+# notebook takes about 15 minutes to read and a minute to run.
 
 # %%
 import os
 from pathlib import Path
 
-if Path.cwd().name == "tutorials":  # where Jupyter starts; the code is one folder up
+if Path.cwd().name == "tutorials":  # Jupyter starts here; the code is one folder up
     os.chdir("..")
-os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this once, when it is imported: it has to come first
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this when it is imported, so it comes first
 
 import csv
 import inspect
@@ -36,6 +39,15 @@ import torch
 
 torch.manual_seed(0)
 plt.rcParams["figure.dpi"] = 90
+# Colors of the Okabe-Ito palette, for color-blind readers, too.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, TRUTH = "#CC79A7", "#56B4E9"
+
+
+def without_triton(kernel):
+    """Stands for `triton.jit`: the kernel can be defined, but not run."""
+    return kernel
+
 
 try:
     import triton
@@ -43,18 +55,20 @@ try:
 
     jit = triton.jit
 except ImportError:
-    triton, jit, tl = None, lambda kernel: kernel, SimpleNamespace(constexpr=None)
-    print("Triton is not installed (it exists for Linux only, not for macOS or Windows): what follows runs, but without the kernels.")
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), without_triton
+    print("Triton is not installed; it exists for Linux only. This notebook skips the kernels.")
 
 # %% [markdown]
 # ## Memory traffic
 #
-# PyTorch runs an expression one operation after the other. Each **reads** its inputs from memory, all of them, and **writes** its output,
-# all of it. So `a * b + c` on n float32 numbers moves 24 n bytes: the product reads 8 n and writes 4 n, the sum reads 8 n and writes 4 n.
-# If both were one operation, 16 n would do: read a, b and c, write the result.
+# PyTorch runs an expression one operation after the other. Each operation **reads** all its inputs
+# from memory and **writes** all its output. So `a * b + c` on n float32 numbers moves 24 n bytes:
+# the product reads 8 n and writes 4 n, the sum reads 8 n and writes 4 n. A single operation would
+# need 16 n: read a, b and c, write the result.
 #
-# `benchmarks/traffic.py` is a meter for this. It watches every operation below autograd, so the backward pass too, and counts each input as
-# read once and each output as written once. Here it watches the loss, written as one writes it:
+# `benchmarks/traffic.py` measures this. It observes every operation below autograd, including the
+# backward pass, and counts each input as read once and each output as written once. Here it
+# observes a straightforward implementation of the loss:
 
 # %%
 from peers import eager_dice_ce
@@ -63,8 +77,9 @@ from traffic import CountEager, count_triton, total
 print(inspect.getsource(eager_dice_ce))
 
 size = 32
-logits = torch.randn(1, 2, size, size, size, requires_grad=True)  # (B, C, D, H, W): background and tumor
-labels = torch.randint(0, 2, (1, 1, size, size, size), dtype=torch.uint8)  # (B, 1, D, H, W)
+# (B, C, D, H, W), the classes are background and tumor; labels (B, 1, D, H, W)
+logits = torch.randn(1, 2, size, size, size, requires_grad=True)
+labels = torch.randint(0, 2, (1, 1, size, size, size), dtype=torch.uint8)
 
 with CountEager() as forward:
     loss = eager_dice_ce(logits, labels)
@@ -72,158 +87,180 @@ with CountEager() as backward:
     loss.backward()
 
 n = size**3
-moved = {way: {op: t.bytes / n for op, t in counter.traffic.items()} for way, counter in (("forward", forward), ("backward", backward))}
-print({way: f"{sum(ops.values()):.0f} bytes a voxel" for way, ops in moved.items()})
+counters = {"forward": forward, "backward": backward}
+moved = {}  # direction: {operation: bytes per voxel}
+for direction, counter in counters.items():
+    moved[direction] = {op: t.bytes / n for op, t in counter.traffic.items()}
+    print(f"{direction:8} {sum(moved[direction].values()):4.0f} bytes per voxel")
 
 # %%
+STYLES = {"forward": dict(color=BLUE), "backward": dict(color=ORANGE, hatch="//")}
+
 fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
-edge, rows = 0, []
-for way, color in (("forward", "tab:blue"), ("backward", "tab:orange")):
-    for op, b in moved[way].items():
-        if b > 0.5:  # the rest works on a handful of numbers
-            ax.barh(len(rows), b, left=edge, color=color)
-            ax.text(edge + b + 3, len(rows), f"{b:.0f}", va="center", fontsize=8)
-            rows.append(op)
+names, edge = [], 0
+for direction, style in STYLES.items():
+    for op, b in moved[direction].items():
+        if b > 0.5:  # the other operations work on a few numbers
+            label = None if any(direction == d for d, _ in names) else direction
+            ax.barh(len(names), b, left=edge, edgecolor="white", label=label, **style)
+            ax.text(edge + b + 3, len(names), f"{b:.0f}", va="center", fontsize=8)
+            names.append((direction, op))
             edge += b
-ax.set(
-    yticks=range(len(rows)),
-    yticklabels=rows,
-    xlabel="bytes a voxel, added up",
-    xlim=(0, edge + 20),
-    title="Where the bytes go: Dice + CE in eager PyTorch",
-)
+ax.set(yticks=range(len(names)), yticklabels=[op for _, op in names], xlim=(0, edge + 20))
+ax.set(xlabel="bytes per voxel, accumulated", title="Bytes moved by Dice + CE in eager PyTorch")
 ax.invert_yaxis()
-ax.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=w) for w, c in (("forward", "tab:blue"), ("backward", "tab:orange"))])
+ax.legend()
 plt.show()
 
 # %% [markdown]
-# Each bar is an operation; calls of the same name are added up. The logits of a voxel are 8 bytes and its label is 1, yet 330 are moved:
-# every intermediate result is as large as the volume, and goes out to memory and comes back. The largest bar, `_to_copy`, is conversions
-# alone: `one_hot` wants a label of 8 bytes, and makes as many for each class, which then become floats.
+# Each bar is one kind of operation; repeated calls are added up. The logits of a voxel are 8 bytes
+# and its label is 1, yet 330 bytes are moved: every intermediate result is as large as the volume,
+# is written to memory and read again. The largest bar, `_to_copy`, consists of conversions only:
+# `one_hot` needs a label of 8 bytes and makes 8 bytes per class, which then become floats.
 #
 # ### Your turn: the fewest bytes
 #
-# What is the least that forward and backward pass can move, a voxel, with two classes, float32 logits and uint8 labels? Three things help:
-# the loss is one number, so writing it costs nothing a voxel; the gradient is as large as the logits; and the gradient of *any* voxel
-# depends on the Dice of *all* voxels, so the backward pass cannot begin before the forward pass has seen everything.
+# What is the smallest number of bytes per voxel that the forward and the backward pass can move,
+# with two classes, float32 logits and uint8 labels? Three facts help. The loss is one number, so
+# writing it costs nothing per voxel. The gradient is as large as the logits. And the gradient of
+# *each* voxel depends on the Dice score, that is on *all* voxels, so the backward pass can only
+# start after the forward pass has read everything.
 
 # %%
-least_forward = ...  # your turn: bytes a voxel
+least_forward = ...  # your turn: bytes per voxel
 least_backward = ...
 
 
 # %%
 def check_least(forward, backward):
     if ... in (forward, backward):
-        print("not yet: put two numbers in place of the dots")
+        print("not yet: replace the dots by two numbers")
+    elif (forward, backward) == (9, 17):
+        print("right")
     else:
-        print("right" if (forward, backward) == (9, 17) else "not yet: what has to be read, what has to be written?")
+        print("not yet: what has to be read, and what has to be written?")
 
 
 check_least(least_forward, least_backward)
 
 # %% [markdown]
-# The answer (its cell is folded in JupyterLab; a click on the dots opens it):
+# The answer (JupyterLab folds its cell; click on the dots to open it):
 
 # %% jupyter={"source_hidden": true}
 check_least(
     forward=2 * 4 + 1,  # read two logits and a label
-    backward=2 * 4 + 1 + 2 * 4,  # read them again, for nothing the size of the volume was kept; write the gradient of two logits
+    # Read them again, because nothing as large as the volume was kept; write two gradients.
+    backward=2 * 4 + 1 + 2 * 4,
 )
 
 # %% [markdown]
-# So 26 bytes. `results/traffic.csv` has the meter's readings for this repository's kernel, the losses of two widely used libraries, and the
-# eager code above, on a batch of two 32³ volumes:
+# So the minimum is 26 bytes. `results/traffic.csv` has the counts for the kernel of this
+# repository, for the losses of two widely used libraries, and for the eager code above, on a batch
+# of two volumes of 32³ voxels:
 
 # %%
 table = list(csv.DictReader(open("results/traffic.csv")))
 names = ["ours Triton", "MONAI", "nnU-Net", "eager"]
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", sharex=True, sharey=True)
 for ax, dtype in zip(axes, ("float32", "bfloat16")):
-    readings = {r["what"]: r for r in table if (r["op"], r["dtype"], r["layout"]) == ("dice_ce", dtype, "NCDHW")}
-    f, b = (np.array([float(readings[name][way]) for name in names]) for way in ("forward", "backward"))
-    ax.barh(names, f, label="forward", color="tab:blue")
-    ax.barh(names, b, left=f, label="backward", color="tab:orange")
+    wanted = ("dice_ce", dtype, "NCDHW")
+    rows = {r["what"]: r for r in table if (r["op"], r["dtype"], r["layout"]) == wanted}
+    start = np.zeros(len(names))
+    for direction, style in STYLES.items():
+        b = np.array([float(rows[name][direction]) for name in names])
+        ax.barh(names, b, left=start, label=direction, edgecolor="white", **style)
+        start += b
     for y, name in enumerate(names):
-        launches = int(readings[name]["forward_launches"]) + int(readings[name]["backward_launches"])
-        ax.text(f[y] + b[y] + 5, y, f"{f[y] + b[y]:.0f} in {launches}", va="center", fontsize=9)
-    ax.set(title=f"{dtype} logits", xlabel="bytes a voxel, in how many launches", xlim=(0, 440))
+        launches = sum(int(rows[name][f"{direction}_launches"]) for direction in STYLES)
+        ax.text(start[y] + 5, y, f"{start[y]:.0f} in {launches}", va="center", fontsize=9)
+    ax.set(title=f"{dtype} logits", xlabel="bytes per voxel, in how many launches", xlim=(0, 440))
 axes[0].invert_yaxis()
 axes[1].legend(loc="upper right", fontsize=8)
 plt.show()
 
 # %% [markdown]
-# In bfloat16, logits and gradient of half the size, the kernel moves 14. The eager code moves more than before, since it converts to
-# float32 first.
+# With bfloat16 the logits and the gradient have half the size, and the kernel moves 14 bytes. The
+# eager code moves more than before, because it converts to float32 first.
 #
 # ## The roofline
 #
-# How long does that take? A GPU can move at most `bandwidth` bytes a second and do at most `peak` operations a second, both at the same
-# time. So
+# How long does this take? A GPU can move at most `bandwidth` bytes per second and do at most `peak`
+# operations per second, both at the same time. So
 #
-# $$\text{time} \;\ge\; \max\left(\frac{\text{bytes}}{\text{bandwidth}},\ \frac{\text{operations}}{\text{peak}}\right)
-# \qquad\text{or}\qquad \text{speed} \;\le\; \min(\text{intensity} \cdot \text{bandwidth},\ \text{peak}),
+# $$\text{time} \;\ge\; \max\left(\frac{\text{bytes}}{\text{bandwidth}},\
+#   \frac{\text{operations}}{\text{peak}}\right)
+# \qquad\text{or}\qquad
+# \text{speed} \;\le\; \min(\text{intensity} \cdot \text{bandwidth},\ \text{peak}),
 # \qquad \text{intensity} = \frac{\text{operations}}{\text{bytes}}.$$
 #
-# Drawn over the intensity this is a roof: a slope where memory is what one waits for, and a ceiling where it is arithmetic. The numbers of
-# the roof below are **those that NVIDIA's data sheet of the H100 SXM gives, not measurements**: 3.35 TB/s; 67 TFLOP/s in float32; 989
-# TFLOP/s in bfloat16 on its tensor cores (the sheet's 1,979 are for sparse matrices).
+# Plotted over the intensity, the bound has the shape of a roof: a slope where memory limits the
+# speed, and a ceiling where arithmetic does. The numbers of the roof below are **those of NVIDIA's
+# data sheet of the H100 SXM, not measurements**: 3.35 TB/s; 67 TFLOP/s in float32; 989 TFLOP/s in
+# bfloat16 on the tensor cores (the 1,979 of the data sheet are for sparse matrices).
 #
-# The operations of the loss are counted roughly, 50 a voxel for both passes, an exponential counted as one. A 3×3×3 convolution from 32 to
-# 32 channels does 2 · 27 · 32 · 32 a voxel, and if nothing is read twice moves 64 numbers.
+# The operations of the loss are a rough count: 50 per voxel for both passes, where an exponential
+# counts as one. A 3×3×3 convolution from 32 to 32 channels does 2 · 27 · 32 · 32 operations per
+# voxel and, if nothing is read twice, moves 64 numbers.
 
 # %%
-bandwidth, peak = 3.35e12, {"float32": 67e12, "bfloat16, tensor cores": 989e12}  # data sheet of the H100 SXM
-points = {
-    "loss, eager": (50 / 330, "float32", "tab:red"),
-    "loss, MONAI": (50 / 246, "float32", "tab:purple"),
-    "loss, fused": (50 / 26, "float32", "tab:green"),
-    "convolution, float32": (2 * 27 * 32 * 32 / (64 * 4), "float32", "tab:brown"),
-    "convolution, bfloat16": (2 * 27 * 32 * 32 / (64 * 2), "bfloat16, tensor cores", "black"),
+bandwidth = 3.35e12  # of the H100 SXM, by its data sheet, as the next line
+peak = {"float32": 67e12, "bfloat16, tensor cores": 989e12}
+convolution = 2 * 27 * 32 * 32  # operations per voxel
+points = {  # intensity, type of arithmetic, color, marker
+    "loss, eager": (50 / 330, "float32", RED, "o"),
+    "loss, MONAI": (50 / 246, "float32", PINK, "s"),
+    "loss, fused": (50 / 26, "float32", GREEN, "^"),
+    "convolution, float32": (convolution / (64 * 4), "float32", BLUE, "D"),
+    "convolution, bfloat16": (convolution / (64 * 2), "bfloat16, tensor cores", "black", "v"),
 }
 x = np.logspace(-1.3, 3.3, 400)
 fig, ax = plt.subplots(figsize=(8, 4.3), layout="constrained")
 for (name, top), style in zip(peak.items(), ("-", "--")):
-    ax.loglog(x, np.minimum(x * bandwidth, top) / 1e12, style, color="gray", label=f"roof, {name}: {top / 1e12:.0f} TFLOP/s")
-for name, (intensity, kind, color) in points.items():
-    ax.loglog(
-        intensity, min(intensity * bandwidth, peak[kind]) / 1e12, "o", ms=9, color=color, label=f"{name}: {intensity:.3g} operations a byte"
-    )
-ax.set(
-    xlabel="intensity: operations a byte", ylabel="TFLOP/s at most", title="Roofline of an H100 SXM by its data sheet (nothing measured)"
-)
+    label = f"roof, {name}: {top / 1e12:.0f} TFLOP/s"
+    ax.loglog(x, np.minimum(x * bandwidth, top) / 1e12, style, color="gray", label=label)
+for name, (intensity, arithmetic, color, marker) in points.items():
+    speed = min(intensity * bandwidth, peak[arithmetic]) / 1e12
+    label = f"{name}: {intensity:.3g} operations per byte"
+    ax.loglog(intensity, speed, marker, ms=9, color=color, label=label)
+ax.set(xlabel="intensity, operations per byte", ylabel="largest possible TFLOP/s")
+ax.set_title("Roofline of an H100 SXM by its data sheet (nothing was measured)")
 ax.legend(fontsize=8, loc="lower right")
 ax.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# The convolutions hang below the ceiling: only more arithmetic units would help. The loss sits on the slope, fused or not, far to the left.
-# Two things follow. Its arithmetic is free, so calculating a softmax *twice* to save one trip to memory is a good bargain. And for a thing
-# on the slope, bytes *are* time:
+# The convolutions reach the ceiling: only more arithmetic units would help. The loss is on the
+# slope, fused or not, far to the left. Two things follow. Its arithmetic costs nothing, so
+# computing a softmax *twice* to save one pass through memory pays off. And on the slope the number
+# of bytes *is* the time:
 
 # %%
 voxels = 2 * 96**3  # two patches of the paper's size
 for name, b in {"eager": 330, "MONAI": 246, "fused": 26}.items():
-    print(f"{name:6} {b:4} bytes a voxel: {b * voxels / bandwidth * 1e6:6.0f} microseconds at least, by the data sheet's bandwidth")
+    microseconds = b * voxels / bandwidth * 1e6
+    print(f"{name:6} {b:4} bytes per voxel: at least {microseconds:4.0f} microseconds", end=" ")
+    print("(bandwidth of the data sheet)")
 
 # %% [markdown]
 # ## A first kernel
 #
-# A GPU is some hundred multiprocessors (an H100 SXM has 132) with one large memory. A Triton kernel is a function that is run many times on
-# them, by **programs** that know nothing of each other but their number, `tl.program_id(0)`. A program works on a block of numbers at once:
-# `tl.arange` makes a block of indices, `tl.load(pointer + indices, mask)` fetches, arithmetic is as in NumPy, `tl.store` writes back. Block
-# sizes are powers of two and volumes are not, hence the mask: lanes where it is false are not touched, and read as `other`.
+# A GPU has about a hundred multiprocessors (an H100 SXM has 132) and one large memory. A Triton
+# kernel is a function that is run many times on them, by **programs** that know nothing of each
+# other except their own number, `tl.program_id(0)`. A program works on a block of numbers at once:
+# `tl.arange` makes a block of indices, `tl.load(pointer + indices, mask)` reads, arithmetic is as
+# in NumPy, and `tl.store` writes. The size of a block is a power of two and the size of a volume is
+# not, so there is a mask: elements for which it is false are not touched, and read as `other`.
 #
-# This one counts the tumor voxels of a volume: each program adds up its own block and writes **one** number. Read it line by line, you
-# will need all of it.
+# The following kernel counts the tumor voxels of a volume: each program adds up its own block and
+# writes **one** number. Read it line by line; the puzzles need all of it.
 
 
 # %%
 @jit
 def count(target, partials, n, BLOCK: tl.constexpr):
-    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,) numbers of this program's voxels
-    inside = v < n  # the last program may hang over the end
-    t = tl.load(target + v, mask=inside, other=0)  # (BLOCK,) labels
+    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,) voxels of this program
+    mask = v < n  # the last block may extend beyond the end of the volume
+    t = tl.load(target + v, mask=mask, other=0)  # (BLOCK,) labels
     tl.store(partials + tl.program_id(0), tl.sum(t.to(tl.float32), 0))
 
 
@@ -234,35 +271,40 @@ partials = torch.full((programs,), float("nan"))
 if triton:
     with count_triton() as traffic:
         count[(programs,)](target, partials, len(target), BLOCK=BLOCK)
-    print("partial sums", partials.tolist(), "together", partials.sum().item(), "and by PyTorch", target.sum().item())
-    print(f"{total(traffic).bytes / len(target):.3f} bytes a voxel, in {total(traffic).launches} launch")
+    print("partial sums", partials.tolist())
+    print(f"their sum {partials.sum().item():.0f}, PyTorch's sum {target.sum().item()}")
+    per_voxel = total(traffic).bytes / len(target)
+    print(f"{per_voxel:.3f} bytes per voxel, in {total(traffic).launches} launch")
 
 # %% [markdown]
-# One byte a voxel, and a few for the partial sums. Masked lanes do not count: 5 programs of 1024 have 5120 lanes, but 5000 labels were
-# loaded.
+# One byte per voxel, and a few for the partial sums. Masked elements do not count: 5 programs of
+# 1024 elements have 5120, but 5000 labels were read.
 #
-# Why partial sums, and not one total to which every program adds (`tl.atomic_add`)? Programs finish in any order, and a sum of floats
-# depends on the order: the same input would give other bits each time. Which voxels a program has is a matter of memory, where a volume is
-# one long row with the last axis fastest. In a PET/CT volume here the first axis is left to right, so a block is a slab of the body, as
-# seen from the side:
+# Why partial sums, and not one total to which every program adds (`tl.atomic_add`)? Programs finish
+# in any order, and a sum of floats depends on the order: the same input would give different bits
+# each time. Which voxels a program gets depends on the layout in memory, where a volume is one long
+# row with the last axis fastest. In the PET/CT volumes here the first axis runs from left to right,
+# so a block is a sagittal slab of the body:
 
 # %%
 import phantom
 
-study = phantom.petct_study(10, healthy=False)  # a synthetic patient; 4 mm voxels
-where = int(study.seg.sum((0, 2)).argmax())  # the coronal slice with most tumor
-owner = (np.arange(study.seg.size) // (64 * BLOCK)).reshape(study.seg.shape)  # blocks of 65,536, else there would be too many to see
+study = phantom.petct_study(10, has_tumor=True)  # a synthetic patient with 4 mm voxels
+y = int(study.seg.sum((0, 2)).argmax())  # the coronal slice with the most tumor
+# Blocks of 65,536 voxels here; smaller ones would be too many to see.
+program_of = (np.arange(study.seg.size) // (64 * BLOCK)).reshape(study.seg.shape)
+sums_of = np.bincount(program_of.ravel(), study.seg.ravel())
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 5.2), layout="constrained")
-axes[0].imshow(study.suv[:, where].T, origin="lower", cmap="gray_r", vmax=10)
-axes[0].contour(study.seg[:, where].T, [0.5], colors="tab:green")
+axes[0].imshow(study.suv[:, y].T, origin="lower", cmap="gray_r", vmax=10)
+axes[0].contour(study.seg[:, y].T, [0.5], colors=TRUTH)
 axes[0].set_title("PET, tumor outlined")
-axes[1].imshow(owner[:, where].T % 20, origin="lower", cmap="tab20")
-axes[1].contour(study.seg[:, where].T, [0.5], colors="black")
-axes[1].set_title("which program has the voxel")
-sums_of = np.bincount(owner.ravel(), study.seg.ravel())
-axes[2].bar(range(len(sums_of)), sums_of, color=plt.get_cmap("tab20")(np.arange(len(sums_of)) % 20))
-axes[2].set(title="what each of them writes", xlabel="program", ylabel="tumor voxels")
+axes[1].imshow(program_of[:, y].T, origin="lower", cmap="cividis")
+axes[1].contour(study.seg[:, y].T, [0.5], colors="white")
+axes[1].set_title("program of each voxel")
+colors = plt.get_cmap("cividis")(np.linspace(0, 1, len(sums_of)))
+axes[2].bar(range(len(sums_of)), sums_of, color=colors)
+axes[2].set(title="its partial sum", xlabel="program", ylabel="tumor voxels")
 for ax in axes[:2]:
     ax.set(xticks=[], yticks=[])
 plt.show()
@@ -270,30 +312,39 @@ plt.show()
 # %% [markdown]
 # ## Puzzle 1: the sums
 #
-# **Equation.** With two classes only the difference of the logits matters, $u = l_1 - l_0$: the probability of tumor is
-# $p = 1 / (1 + e^{-u})$. With labels $t \in \{0, 1\}$, the loss needs four sums over the voxels,
+# **Equation.** With two classes only the difference of the logits matters, $u = l_1 - l_0$: the
+# probability of tumor is $p = 1 / (1 + e^{-u})$. With labels $t \in \{0, 1\}$, the loss needs four
+# sums over the voxels,
 #
 # $$I = \sum p\,t \qquad P = \sum p \qquad T = \sum t \qquad N = \sum \log(1 + e^{z}),\quad
 # z = \begin{cases} -u & t = 1 \\ \phantom{-}u & t = 0 \end{cases}$$
 #
-# ($N$ is the cross entropy: $-\log p = \log(1 + e^{-u})$ for a tumor voxel, $-\log(1 - p) = \log(1 + e^{u})$ for another). Then
+# ($N$ is the cross entropy: $-\log p = \log(1 + e^{-u})$ for a tumor voxel and
+# $-\log(1 - p) = \log(1 + e^{u})$ for any other). Then
 #
-# $$\text{Dice} = \frac{2I + \varepsilon}{P + T + \varepsilon} \qquad \text{loss} = 1 - \text{Dice} + \frac{N}{n},
+# $$\text{Dice} = \frac{2I + \varepsilon}{P + T + \varepsilon} \qquad
+# \text{loss} = 1 - \text{Dice} + \frac{N}{n},
 # \qquad \varepsilon = 10^{-5}.$$
 #
-# **A trap.** A network may be very sure, and $e^{100}$ is beyond float32:
+# **Overflow.** A network may be very certain, and $e^{100}$ is beyond float32. The second and third
+# line below avoid it:
 
 # %%
 u = torch.tensor([-100.0, -10.0, 0.0, 10.0, 100.0])
 e = (-u.abs()).exp()  # never above 1
-print("log(1 + e^u), as written           ", torch.log(1 + u.exp()).tolist())
-print("max(u, 0) + log(1 + e^-|u|), equal ", (u.clamp(min=0) + torch.log(1 + e)).tolist())
-print("p = (1 where u > 0 else e) / (1 + e)", (torch.where(u > 0, 1, e) / (1 + e)).tolist())
+formulas = {
+    "log(1 + e^u)": torch.log(1 + u.exp()),
+    "the same: max(u, 0) + log(1 + e^-|u|)": u.clamp(min=0) + torch.log(1 + e),
+    "p: (1 if u > 0, else e^-|u|) / (1 + e^-|u|)": torch.where(u > 0, 1, e) / (1 + e),
+}
+for formula, values in formulas.items():
+    print(f"{formula:44}", " ".join(f"{value:.3g}" for value in values.tolist()))
 
 # %% [markdown]
-# **Specification.** Fill in the kernel: read each logit and each label once; `partials[0]` to `partials[3]` get this program's I, P, T and
-# N. Voxels outside must add nothing. It needs about ten lines, and nothing that the first kernel or the cell above does not show (`tl.exp`,
-# `tl.log`, `tl.abs`, `tl.maximum`, `tl.where` are what you expect).
+# **Specification.** Complete the kernel: read each logit and each label once; `partials[0]` to
+# `partials[3]` get this program's I, P, T and N. Voxels outside the volume must add nothing. You
+# need about ten lines, and nothing that the first kernel or the cell above does not show (`tl.exp`,
+# `tl.log`, `tl.abs`, `tl.maximum` and `tl.where` do what you expect).
 
 
 # %%
@@ -306,38 +357,53 @@ def my_sums(
     programs,
     BLOCK: tl.constexpr,
 ):
-    pass  # your turn: v and inside, l0, l1 and t; u, p and the cross entropy; four sums, to partials + k * programs + tl.program_id(0)
+    # Your turn: v and mask; l0, l1 and t; u, p and the cross entropy. Store the four sums at
+    # partials + k * programs + tl.program_id(0).
+    pass
 
 
 # %%
-def right_sums(logits, target):
+def exact_sums(logits, target):
     """I, P, T, N in float64, by PyTorch."""
     u, t = (logits[1] - logits[0]).double(), target.double()
     p = u.sigmoid()
-    return torch.stack([(p * t).sum(), p.sum(), t.sum(), torch.nn.functional.softplus(torch.where(t == 1, -u, u)).sum()])
+    nll = torch.nn.functional.softplus(torch.where(t == 1, -u, u))
+    return torch.stack([(p * t).sum(), p.sum(), t.sum(), nll.sum()])
 
 
 def with_room(x):
-    """x in memory with a block to spare behind it: there a forgotten mask does no harm."""
+    """x in memory that continues for a block, so that a forgotten mask does no harm."""
     return torch.cat([x.flatten(), x.new_zeros(BLOCK)])[: x.numel()].view(x.shape)
+
+
+def example(n, scale):
+    """Random logits (2, n) and labels (n,)."""
+    labels = (torch.rand(n) < 0.3).to(torch.uint8)
+    return with_room(scale * torch.randn(2, n)), with_room(labels)
+
+
+def report(bytes_per_voxel, least):
+    more = "" if bytes_per_voxel < least + 0.1 else f": more than the {least} that are needed"
+    print(f"right, with {bytes_per_voxel:.2f} bytes per voxel{more}")
 
 
 def check_sums(kernel, n=5000):
     if triton is None:
         return print("not checked: Triton is not installed")
     programs = -(-n // BLOCK)
-    for scale in (2, 1000):  # logits of a network, and of one that is very sure
-        logits, target = with_room(scale * torch.randn(2, n)), with_room((torch.rand(n) < 0.3).to(torch.uint8))
+    for scale in (2, 1000):  # usual logits, and those of a network that is very certain
+        logits, target = example(n, scale)
         partials = torch.full((4, programs), float("nan"))
         with count_triton() as traffic:
             kernel[(programs,)](logits, target, partials, n, programs, BLOCK=BLOCK)
         if partials.isnan().all():
             return print("not yet: the kernel has written nothing")
-        for name, found, true in zip("IPTN", partials.double().sum(1).tolist(), right_sums(logits, target).tolist()):
-            if not abs(found - true) <= 1e-5 * true:
-                return print(f"not yet: for logits of size {scale}, {name} is {found:.3f} and should be {true:.3f}")
-    per_voxel = total(traffic).bytes / n
-    print(f"right, at {per_voxel:.2f} bytes a voxel" + ("" if per_voxel < 9.1 else ": more than the 9 it needs"))
+        found, exact = partials.double().sum(1), exact_sums(logits, target)
+        for name, a, b in zip("IPTN", found.tolist(), exact.tolist()):
+            if not abs(a - b) <= 1e-5 * b:
+                print(f"not yet: for logits of size {scale}, {name} is {a:.3f},", end=" ")
+                return print(f"and {b:.3f} is correct")
+    report(total(traffic).bytes / n, least=9)
 
 
 check_sums(my_sums)
@@ -350,13 +416,15 @@ check_sums(my_sums)
 @jit
 def sums(logits, target, partials, n, programs, BLOCK: tl.constexpr):
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = v < n
-    u = tl.load(logits + n + v, mask=inside, other=0.0) - tl.load(logits + v, mask=inside, other=0.0)
-    t = tl.load(target + v, mask=inside, other=0).to(tl.float32)
+    mask = v < n
+    l0 = tl.load(logits + v, mask=mask, other=0.0)
+    l1 = tl.load(logits + n + v, mask=mask, other=0.0)
+    t = tl.load(target + v, mask=mask, other=0).to(tl.float32)
+    u = l1 - l0
     e = tl.exp(-tl.abs(u))
-    p = tl.where(inside, tl.where(u > 0, 1.0, e) / (1.0 + e), 0.0)
+    p = tl.where(mask, tl.where(u > 0, 1.0, e) / (1.0 + e), 0.0)
     z = tl.where(t == 1, -u, u)
-    nll = tl.where(inside, tl.maximum(z, 0.0) + tl.log(1.0 + e), 0.0)
+    nll = tl.where(mask, tl.maximum(z, 0.0) + tl.log(1.0 + e), 0.0)
     out = partials + tl.program_id(0)
     tl.store(out, tl.sum(p * t, 0))
     tl.store(out + programs, tl.sum(p, 0))
@@ -367,27 +435,28 @@ def sums(logits, target, partials, n, programs, BLOCK: tl.constexpr):
 check_sums(sums)
 
 # %% [markdown]
-# ## From sums to the loss
+# ## From the sums to the loss
 #
-# A second kernel, one program, adds up the partial sums and makes the loss of them. It could be a few lines of PyTorch, but each would be a
-# launch of its own, to move a handful of numbers. It also leaves something for the backward pass. By the quotient rule, with
-# $\text{den} = P + T + \varepsilon$,
+# A second kernel, a single program, adds up the partial sums and computes the loss. A few lines of
+# PyTorch could do this, but each would be a separate launch that moves a few numbers. The kernel
+# also prepares the backward pass. By the quotient rule, with $\text{den} = P + T + \varepsilon$,
 #
-# $$\frac{\partial (1 - \text{Dice})}{\partial p_v} = \frac{\text{Dice}}{\text{den}} - \frac{2}{\text{den}}\, t_v = a + b\,t_v:$$
+# $$\frac{\partial (1 - \text{Dice})}{\partial p_v}
+#   = \frac{\text{Dice}}{\text{den}} - \frac{2}{\text{den}}\, t_v = a + b\,t_v:$$
 #
-# all that a voxel needs to know of the others is in two numbers, a and b. The sums are added in float64: there are few of them, and so it
-# costs nothing.
+# two numbers, a and b, hold all that a voxel needs to know about the others. The partial sums are
+# added in float64, which costs nothing, because there are only a few.
 
 
 # %%
 @jit
 def finish(partials, loss, coefficients, n, programs, STEP: tl.constexpr):
     i = tl.arange(0, STEP)  # STEP >= programs
-    there = i < programs
-    inter = tl.sum(tl.load(partials + i, mask=there, other=0.0).to(tl.float64), 0)
-    pred = tl.sum(tl.load(partials + programs + i, mask=there, other=0.0).to(tl.float64), 0)
-    true = tl.sum(tl.load(partials + 2 * programs + i, mask=there, other=0.0).to(tl.float64), 0)
-    nll = tl.sum(tl.load(partials + 3 * programs + i, mask=there, other=0.0).to(tl.float64), 0)
+    mask = i < programs
+    inter = tl.sum(tl.load(partials + i, mask=mask, other=0.0).to(tl.float64), 0)
+    pred = tl.sum(tl.load(partials + programs + i, mask=mask, other=0.0).to(tl.float64), 0)
+    true = tl.sum(tl.load(partials + 2 * programs + i, mask=mask, other=0.0).to(tl.float64), 0)
+    nll = tl.sum(tl.load(partials + 3 * programs + i, mask=mask, other=0.0).to(tl.float64), 0)
     den = pred + true + 1e-5
     dice = (2 * inter + 1e-5) / den
     tl.store(loss, 1 - dice + nll / n)
@@ -398,19 +467,21 @@ def finish(partials, loss, coefficients, n, programs, STEP: tl.constexpr):
 # %% [markdown]
 # ## Puzzle 2: the gradient
 #
-# **Equation.** From the sigmoid, $\partial p / \partial l_1 = p (1 - p) = -\,\partial p / \partial l_0$, and for the cross entropy the well
-# known $p - t$:
+# **Equation.** The sigmoid has $\partial p / \partial l_1 = p (1 - p) = -\,\partial p / \partial
+# l_0$, and the cross entropy has the well known gradient $p - t$:
 #
-# $$\frac{\partial\,\text{loss}}{\partial l_1} = (a + b\,t)\; p\,(1 - p) + \frac{p - t}{n} = -\frac{\partial\,\text{loss}}{\partial l_0}.$$
+# $$\frac{\partial\,\text{loss}}{\partial l_1} = (a + b\,t)\; p\,(1 - p) + \frac{p - t}{n}
+#   = -\frac{\partial\,\text{loss}}{\partial l_0}.$$
 #
-# **Specification.** Read logits and labels once more, and the three numbers `upstream` (autograd's factor, by which everything is
-# multiplied), a and b; write the gradient of both logits, once.
+# **Specification.** Read the logits and labels again, and three numbers: `grad_output` (the
+# gradient of whatever follows the loss, a factor of the result), a and b. Write the gradient of
+# both logits, once.
 
 
 # %%
 @jit
 def my_gradient(
-    upstream,  # () float32
+    grad_output,  # () float32
     logits,  # (2, n) float32
     target,  # (n,) uint8
     coefficients,  # (2,) float32: a and b
@@ -425,25 +496,28 @@ def my_gradient(
 def check_gradient(kernel, n=5000):
     if triton is None:
         return print("not checked: Triton is not installed")
-    logits, target = with_room(3 * torch.randn(2, n)).requires_grad_(), with_room((torch.rand(n) < 0.3).to(torch.uint8))
-    inter, pred, true, _ = right_sums(logits, target)
+    logits, target = example(n, scale=3)
+    logits.requires_grad_()
+    inter, pred, true, _ = exact_sums(logits, target)
     den = pred + true + 1e-5
     coefficients = torch.stack([(2 * inter + 1e-5) / den**2, -2 / den]).float().detach()
-    eager_dice_ce(logits.view(1, 2, n, 1, 1), target.view(1, 1, n, 1, 1)).backward()  # autograd's gradient
-    grad, wanted = with_room(torch.full((2, n), float("nan"))), -1.7 * logits.grad
+    eager_dice_ce(logits.view(1, 2, n, 1, 1), target.view(1, 1, n, 1, 1)).backward()
+    wanted = -1.7 * logits.grad  # by autograd
+    grad = with_room(torch.full((2, n), float("nan")))
+    arguments = (torch.tensor(-1.7), logits.detach(), target, coefficients, grad, n)
     with count_triton() as traffic:
-        kernel[(-(-n // BLOCK),)](torch.tensor(-1.7), logits.detach(), target, coefficients, grad, n, BLOCK=BLOCK)
+        kernel[(-(-n // BLOCK),)](*arguments, BLOCK=BLOCK)
     if grad.isnan().all():
         return print("not yet: the kernel has written nothing")
     if grad.as_strided((BLOCK,), (1,), 2 * n).any():
-        return print("not yet: the kernel writes behind the end of its output; is there a mask?")
+        return print("not yet: the kernel writes beyond the end of its output; is there a mask?")
     wrong = ~((grad - wanted).abs() <= 1e-5 * wanted.abs().max())
     if wrong.any():
         c, v = wrong.nonzero()[0].tolist()
         print(f"not yet: {wrong.sum()} of {2 * n} numbers are wrong;", end=" ")
-        return print(f"d loss / d l{c} of voxel {v} is {grad[c, v]:.3g} and should be {wanted[c, v]:.3g}")
-    per_voxel = total(traffic).bytes / n
-    print(f"right, at {per_voxel:.2f} bytes a voxel" + ("" if per_voxel < 17.1 else ": more than the 17 it needs"))
+        print(f"d loss / d l{c} of voxel {v} is {grad[c, v]:.3g},", end=" ")
+        return print(f"and {wanted[c, v]:.3g} is correct")
+    report(total(traffic).bytes / n, least=17)
 
 
 check_gradient(my_gradient)
@@ -454,26 +528,30 @@ check_gradient(my_gradient)
 
 # %% jupyter={"source_hidden": true}
 @jit
-def gradient(upstream, logits, target, coefficients, grad, n, BLOCK: tl.constexpr):
+def gradient(grad_output, logits, target, coefficients, grad, n, BLOCK: tl.constexpr):
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = v < n
-    u = tl.load(logits + n + v, mask=inside, other=0.0) - tl.load(logits + v, mask=inside, other=0.0)
-    t = tl.load(target + v, mask=inside, other=0).to(tl.float32)
+    mask = v < n
+    l0 = tl.load(logits + v, mask=mask, other=0.0)
+    l1 = tl.load(logits + n + v, mask=mask, other=0.0)
+    t = tl.load(target + v, mask=mask, other=0).to(tl.float32)
+    u = l1 - l0
     e = tl.exp(-tl.abs(u))
     p = tl.where(u > 0, 1.0, e) / (1.0 + e)
-    q = tl.where(u > 0, e, 1.0) / (1.0 + e)  # 1 - p, but with all its digits where p is nearly 1
-    g = (tl.load(coefficients) + tl.load(coefficients + 1) * t) * p * q + tl.where(t == 1, -q, p) / n
-    g *= tl.load(upstream)
-    tl.store(grad + v, -g, mask=inside)
-    tl.store(grad + n + v, g, mask=inside)
+    q = tl.where(u > 0, e, 1.0) / (1.0 + e)  # 1 - p, but with all its digits when p is nearly 1
+    a, b = tl.load(coefficients), tl.load(coefficients + 1)
+    g = (a + b * t) * p * q + tl.where(t == 1, -q, p) / n
+    g *= tl.load(grad_output)
+    tl.store(grad + v, -g, mask=mask)
+    tl.store(grad + n + v, g, mask=mask)
 
 
 check_gradient(gradient)
 
 # %% [markdown]
-# ## Put together
+# ## The complete loss
 #
-# Three launches, tied to autograd. What is kept between forward and backward pass is the inputs, which exist anyway, and two numbers.
+# Three launches, connected to autograd. Between the forward and the backward pass we keep the
+# inputs, which exist anyway, and two numbers.
 
 
 # %%
@@ -482,67 +560,83 @@ class Fused(torch.autograd.Function):
     def forward(ctx, logits, target):
         n = target.numel()
         programs = triton.cdiv(n, BLOCK)
-        partials, loss, coefficients = logits.new_empty(4, programs), logits.new_empty(()), logits.new_empty(2)
+        partials, coefficients = logits.new_empty(4, programs), logits.new_empty(2)
+        loss = logits.new_empty(())
         sums[(programs,)](logits, target, partials, n, programs, BLOCK=BLOCK)
-        finish[(1,)](partials, loss, coefficients, n, programs, STEP=triton.next_power_of_2(programs))
+        step = triton.next_power_of_2(programs)
+        finish[(1,)](partials, loss, coefficients, n, programs, STEP=step)
         ctx.save_for_backward(logits, target, coefficients)
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, grad_output):
         logits, target, coefficients = ctx.saved_tensors
         grad, n = torch.empty_like(logits), target.numel()
-        gradient[(triton.cdiv(n, BLOCK),)](upstream, logits, target, coefficients, grad, n, BLOCK=BLOCK)
+        arguments = (grad_output, logits, target, coefficients, grad, n)
+        gradient[(triton.cdiv(n, BLOCK),)](*arguments, BLOCK=BLOCK)
         return grad, None
 
 
 # %%
-from kernels import dice_ce_ref  # the library's definition: plain PyTorch, differentiated by autograd
+from kernels import dice_ce_ref  # the library's definition: plain PyTorch, derived by autograd
 from kernels.dice_ce import dice_ce_triton
+
+
+def library_dice_ce(logits, target):
+    return dice_ce_triton(logits, target)[0]
+
 
 n = 24**3
 logits = torch.randn(1, 2, 24, 24, 24, requires_grad=True)
 labels = (torch.rand(1, 1, 24, 24, 24) < 0.1).to(torch.uint8)
-ways = {"eager": eager_dice_ce, "the library's": lambda x, y: dice_ce_triton(x, y)[0], "yours": Fused.apply}
 exact_loss, _ = dice_ce_ref(logits.double(), labels)
-(exact_gradient,) = torch.autograd.grad(exact_loss, logits)
+(exact_grad,) = torch.autograd.grad(exact_loss, logits)
+ways = {"eager": eager_dice_ce, "library": library_dice_ce, "yours": Fused.apply}
 if triton:
     from traffic import measure
 
+    print("         error of loss   of gradient   bytes per voxel   launches")
     for name, way in ways.items():
         loss = way(logits, labels)
         (grad,) = torch.autograd.grad(loss, logits)
-        there, back = measure(way, (logits, labels))
-        off, grad_off = abs(loss - exact_loss).item(), (grad - exact_gradient).abs().max().item() / exact_gradient.abs().max().item()
-        print(f"{name:13} off by {off:.0e}, gradient by {grad_off:.0e} of its largest; ", end="")
-        print(f"{(there + back).bytes / n:6.2f} bytes a voxel in {there.launches} + {back.launches} launches")
+        error = abs(loss - exact_loss).item()
+        grad_error = ((grad - exact_grad).abs().max() / exact_grad.abs().max()).item()
+        first, second = measure(way, (logits, labels))
+        print(f"{name:8} {error:13.0e} {grad_error:13.0e}", end=" ")
+        print(f"{(first + second).bytes / n:17.2f}   {first.launches} + {second.launches}")
 
 # %% [markdown]
-# 26 bytes, twelve times fewer than the eager code, and no less exact. `kernels/dice_ce.py` is this kernel with what a library has to add:
-# more classes and their weights, ignored voxels, samples with a Dice of their own, `channels_last` and strided tensors, volumes beyond 2³¹
-# numbers. You have seen all that is essential in it.
+# (The error of the gradient is relative to its largest value.) 26 bytes are twelve times fewer than
+# the eager code needs, and the result is just as exact. `kernels/dice_ce.py` is this kernel with
+# everything that a library has to add: more classes and their weights, ignored voxels, one Dice per
+# sample, `channels_last` and strided tensors, volumes beyond 2³¹ numbers. You have seen all that is
+# essential in it.
 #
-# What did it write? Take the patient from above, and a poor network: `logits = (0, SUV − 4)`. It calls everything tumor that uses much
-# sugar.
+# What does the gradient look like? Take the patient from above and a poor network,
+# `logits = (0, SUV − 4)`. It predicts tumor wherever the uptake is high.
 
 # %%
 from matplotlib.colors import SymLogNorm
 
 if triton:
-    logits = torch.stack([torch.zeros(study.suv.shape), torch.from_numpy(study.suv) - 4])[None].requires_grad_()
+    tumor_logit = torch.from_numpy(study.suv) - 4
+    logits = torch.stack([torch.zeros_like(tumor_logit), tumor_logit])[None].requires_grad_()
     labels = torch.from_numpy(study.seg)[None, None]
-    BLOCK = 2**14  # in the interpreter each program costs a millisecond or so, large or small
+    BLOCK = 2**14  # in the interpreter a program costs about a millisecond, whatever its size
     loss = Fused.apply(logits, labels)
     loss.backward()
 
-    pictures = {"PET and truth": study.suv, "p: probability of tumor": logits.detach()[0, 1].sigmoid(), "d loss / d l₁": logits.grad[0, 1]}
-    top = logits.grad[0, 1, :, where].abs().max().item()
-    signed = SymLogNorm(linthresh=top / 100, vmin=-top, vmax=top)  # logarithmic, but for what is nearly 0
-    looks = (dict(cmap="gray_r", vmax=10), dict(cmap="magma"), dict(cmap="RdBu_r", norm=signed))
+    top = logits.grad[0, 1, :, y].abs().max().item()
+    signed = SymLogNorm(linthresh=top / 100, vmin=-top, vmax=top)  # logarithmic except near 0
+    pictures = {
+        "PET (SUV) and truth": (study.suv, dict(cmap="gray_r", vmax=10)),
+        "probability of tumor": (logits.detach()[0, 1].sigmoid(), dict(cmap="magma")),
+        "d loss / d l₁": (logits.grad[0, 1], dict(cmap="RdBu_r", norm=signed)),
+    }
     fig, axes = plt.subplots(1, 3, figsize=(9, 5.4), layout="constrained")
-    for ax, (title, volume), look in zip(axes, pictures.items(), looks):
-        shown = ax.imshow(np.asarray(volume[:, where]).T, origin="lower", **look)
-        ax.contour(study.seg[:, where].T, [0.5], colors="tab:green", linewidths=1)
+    for ax, (title, (volume, style)) in zip(axes, pictures.items()):
+        shown = ax.imshow(np.asarray(volume[:, y]).T, origin="lower", **style)
+        ax.contour(study.seg[:, y].T, [0.5], colors=TRUTH, linewidths=1)
         ax.set(title=title, xticks=[], yticks=[])
         bar = fig.colorbar(shown, ax=ax, location="bottom", shrink=0.9)
     bar.set_ticks([-top, 0, top], labels=[f"{-top:.0e}", "0", f"{top:.0e}"])
@@ -550,43 +644,48 @@ if triton:
     print(f"loss {loss.item():.3f}")
 
 # %% [markdown]
-# Blue: the logit is to rise; red: it is to sink. A step against the gradient lights up the tumor, which is warm but was missed in part,
-# and dims brain and kidneys. The tumor's few voxels pull hardest, each of them: that is Dice, which divides by the sizes of tumor and
-# prediction and not by the number of all voxels.
+# Where the gradient is negative (blue), a step against it raises the logit; where it is positive
+# (red), the step lowers it. So the step strengthens the tumor, which is active but was partly
+# missed, and weakens brain and kidneys. The few tumor voxels have the largest gradients: that is
+# Dice, which divides by the sizes of tumor and prediction and not by the number of all voxels.
 #
 # ## A variance that fails
 #
-# Another fused kernel here is the instance norm with all that follows it, `kernels/norm_act.py`. It needs a mean and a variance, and there
-# are two formulas, equal on paper:
+# Another fused kernel of this repository is the instance norm with all that follows it,
+# `kernels/norm_act.py`. It needs a mean and a variance, and there are two formulas, equal on paper:
 #
 # $$\operatorname{var} = \operatorname{E}\big[(x - \mu)^2\big] = \operatorname{E}[x^2] - \mu^2.$$
 #
-# The second reads x only once, so it is tempting. Try it on a volume with mean 1000 and standard deviation 0.1:
+# The second formula reads x only once, so it is tempting. Try both on a volume with mean 1000 and
+# standard deviation 0.1:
 
 # %%
 x = (1000 + 0.1 * torch.randn(32, 32, 32, dtype=torch.float64)).float()
 mean = x.mean()
-print(f"truth               {x.double().var(correction=0).item():.6f}")
+print(f"in float64          {x.double().var(correction=0).item():.6f}")
 print(f"E[(x - mean)^2]     {((x - mean) ** 2).mean().item():.6f}")
 print(f"E[x^2] - mean^2     {((x**2).mean() - mean**2).item():.6f}")
 
 # %% [markdown]
-# A float32 has 24 binary digits. $x^2$ is about 1,000,000, and there neighbouring floats are 0.06 apart: a variance of 0.01 lies below the
-# last digit of both terms, and what their difference shows is rounding. It may even be negative, and its root NaN. In general the error is
-# about $2^{-24} \mu^2$, so *relative* to the variance
+# A float32 has 24 binary digits. $x^2$ is about 1,000,000, where neighboring floats are 0.06 apart:
+# a variance of 0.01 is below the last digit of both terms, and their difference is only rounding
+# error. It may even be negative, and its root NaN. In general the error is about $2^{-24} \mu^2$,
+# so *relative* to the variance
 #
 # $$\text{error} \approx 2^{-24} \left(\frac{\mu}{\sigma}\right)^2.$$
 #
-# The first formula needs μ before it can begin, so it reads x twice. Can one pass be stable, too? Yes: a program has its block in
-# registers, where a second look costs nothing, and two blocks can be **merged**. Keep of each its number of values n, its mean, and
-# $M_2 = \sum (x - \text{mean})^2$.
+# The first formula needs μ before it can begin, so it reads x twice. Can one pass be stable, too?
+# Yes: a program has its block in registers, where reading it twice costs nothing, and the results
+# of two blocks can be **merged**. Keep of each block the number of values n, the mean, and $M_2 =
+# \sum (x - \text{mean})^2$.
 
 # %% [markdown]
 # ### Your turn: merge two blocks
 #
 # With $d = \text{mean}_b - \text{mean}_a$ (Chan, Golub and LeVeque, 1979):
 #
-# $$n = n_a + n_b \qquad \text{mean} = \text{mean}_a + d\,\frac{n_b}{n} \qquad M_2 = M_{2,a} + M_{2,b} + d^2\,\frac{n_a n_b}{n}$$
+# $$n = n_a + n_b \qquad \text{mean} = \text{mean}_a + d\,\frac{n_b}{n} \qquad
+# M_2 = M_{2,a} + M_{2,b} + d^2\,\frac{n_a n_b}{n}$$
 
 
 # %%
@@ -596,18 +695,19 @@ def my_merge(a, b):
 
 
 # %%
-def stats(x):
-    """(n, mean, M2) of one block, seen from its first value: x - x[0] is small, and exact where the mean is large."""
+def block_stats(x):
+    """(n, mean, M2) of one block. x - x[0] is small, and exact if the mean is large."""
     d = x - x[0]
     shift = d.mean()
     return len(x), x[0] + shift, ((d - shift) ** 2).sum()
 
 
 def merged_variance(x, merge, block=1024):
-    """The variance of x, block by block."""
-    blocks = [stats(part) for part in x.flatten().split(block)]
-    while len(blocks) > 1:  # pairs, then pairs of pairs, ...
-        blocks = [merge(*blocks[i : i + 2]) if i + 1 < len(blocks) else blocks[i] for i in range(0, len(blocks), 2)]
+    """The variance of x, computed block by block."""
+    blocks = [block_stats(part) for part in x.flatten().split(block)]
+    while len(blocks) > 1:  # merge pairs, then pairs of pairs, ...
+        pairs = [blocks[i : i + 2] for i in range(0, len(blocks), 2)]
+        blocks = [merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
     n, _, m2 = blocks[0]
     return m2 / n
 
@@ -616,9 +716,12 @@ def check_merge(merge):
     try:
         found = merged_variance(x, merge).item()
     except NotImplementedError:
-        return print("not yet")
-    true = x.double().var(correction=0).item()
-    print("right" if abs(found - true) < 1e-5 * true else f"not yet: the variance comes out as {found:.6f} and is {true:.6f}")
+        return print("not yet: my_merge is empty")
+    exact = x.double().var(correction=0).item()
+    if abs(found - exact) < 1e-5 * exact:
+        print("right")
+    else:
+        print(f"not yet: the variance is {found:.6f}, and {exact:.6f} is correct")
 
 
 check_merge(my_merge)
@@ -630,61 +733,75 @@ check_merge(my_merge)
 # %% jupyter={"source_hidden": true}
 def merge(a, b):
     (n_a, mean_a, m_a), (n_b, mean_b, m_b) = a, b
-    n, d = n_a + n_b, mean_b - mean_a
+    n = n_a + n_b
+    d = mean_b - mean_a
     return n, mean_a + d * (n_b / n), m_a + m_b + d * d * (n_a * n_b / n)
 
 
 check_merge(merge)
 
+
 # %%
+def one_pass(x):
+    return (x**2).mean() - x.mean() ** 2
+
+
+def two_passes(x):
+    return ((x - x.mean()) ** 2).mean()
+
+
+def merged(x):
+    return merged_variance(x, merge)
+
+
+formulas = {  # formula, color and marker
+    "E[x²] − mean²: one pass": (one_pass, RED, "o-"),
+    "E[(x − mean)²]: two passes": (two_passes, BLUE, "s--"),
+    "merged blocks: one pass": (merged, GREEN, "^-"),
+}
 means = np.logspace(-2, 5, 22)
 noise = torch.randn(32**3, dtype=torch.float64)
-formulas = {
-    "E[x²] − mean²: one pass": lambda x: (x**2).mean() - x.mean() ** 2,
-    "E[(x − mean)²]: two passes": lambda x: ((x - x.mean()) ** 2).mean(),
-    "blocks merged: one pass": lambda x: merged_variance(x, merge),
-}
 errors = {name: [] for name in formulas}
-for m in means:
-    x = (m + 0.1 * noise).float()
-    true = x.double().var(correction=0)
-    for name, formula in formulas.items():
-        errors[name].append(abs(formula(x) - true).item() / true.item())
+for mean in means:
+    x = (mean + 0.1 * noise).float()
+    exact = x.double().var(correction=0)
+    for name, (formula, _, _) in formulas.items():
+        errors[name].append(abs(formula(x) - exact).item() / exact.item())
 
 fig, ax = plt.subplots(figsize=(8, 4.3), layout="constrained")
-for (name, e), style in zip(errors.items(), ("o-", "s-", "^-")):
-    ax.loglog(means, np.maximum(e, 1e-9), style, ms=4, label=name)
-ax.loglog(means, 2.0**-24 * (means / 0.1) ** 2, ":", color="gray", label="2⁻²⁴ (mean / deviation)²")
-ax.axhline(1, color="tab:red", lw=0.8)
-ax.text(0.012, 1.5, "above this line the result means nothing", color="tab:red", fontsize=8)
-ax.set(
-    xlabel="mean of x (standard deviation 0.1)",
-    ylabel="relative error of the variance",
-    ylim=(5e-10, 1e6),
-    title="Two formulas that are equal on paper, in float32",
-)
+for name, (_, color, style) in formulas.items():
+    ax.loglog(means, np.maximum(errors[name], 1e-9), style, color=color, ms=4, label=name)
+predicted = 2.0**-24 * (means / 0.1) ** 2
+ax.loglog(means, predicted, ":", color="gray", label="2⁻²⁴ (mean / deviation)²")
+ax.axhline(1, color="black", lw=0.8)
+ax.text(0.012, 1.5, "above this line the result is meaningless", fontsize=8)
+ax.set(xlabel="mean of x (standard deviation 0.1)", ylabel="relative error of the variance")
+ax.set(ylim=(5e-10, 1e6), title="Three formulas that are equal on paper, in float32")
 ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
 ax.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# The tempting formula loses two digits with every factor of ten, as predicted, and is noise from a mean of a few hundred on. Merged blocks
-# stay exact far beyond that, also in one pass. Is a mean so far from zero real? Convolutions have biases, images have offsets (CT in
-# Hounsfield units reads −1000 in air), and nothing in a network keeps a channel near zero *before* its norm. Here is what a network would
-# see:
+# The tempting formula loses two digits for every factor of ten, as predicted, and its result is
+# noise once the mean exceeds a few hundred. Merged blocks stay accurate far beyond that, and also
+# need one pass. Do means so far from zero occur? Convolutions have biases, images have offsets (CT
+# in Hounsfield units is −1000 in air), and nothing in a network keeps a channel near zero *before*
+# its norm. Here is what a network would see:
 
 # %%
 from kernels import norm_act_ref
 from kernels.norm_act import norm_act_plain, norm_act_triton
 
 wave = torch.linspace(0, 6.28, 32)
-x = torch.sin(wave)[:, None, None] * torch.cos(2 * wave)[None, :, None] + 0.3 * torch.randn(32, 32, 8)
-x = (1000 + 0.1 * x / x.std())[None, None]  # (1, 1, 32, 32, 8), mean 1000, standard deviation 0.1
+x = torch.sin(wave)[:, None, None] * torch.cos(2 * wave)[None, :, None]  # (32, 32, 1)
+x = x + 0.3 * torch.randn(32, 32, 8)
+x = (1000 + 0.1 * x / x.std())[None, None]  # (1, 1, 32, 32, 8), mean 1000, deviation 0.1
 naive = (x - x.mean()) / ((x**2).mean() - x.mean() ** 2 + 1e-5).sqrt()
 if triton:
     with count_triton() as traffic:
-        norm_act_triton(x)  # no affine, no slope: the norm alone
-    print(f"norm_act_triton: {total(traffic).bytes / x.numel():.2f} bytes an element, launches of", ", ".join(traffic))
+        norm_act_triton(x)  # no affine parameters and no slope: the norm alone
+    print(f"norm_act_triton: {total(traffic).bytes / x.numel():.2f} bytes per element,", end=" ")
+    print("launches of", ", ".join(traffic))
 pictures = {
     "definition, float64": norm_act_ref(x, upcast=True),
     "E[x²] − mean²": naive,
@@ -698,26 +815,30 @@ fig.colorbar(shown, ax=axes, shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# The kernel takes x twice (the statistics, then the norm) and writes y once: 12 bytes an element, the fewest for a volume that does not fit
-# into a multiprocessor.
+# The kernel reads x twice (for the statistics, then for the norm) and writes y once: 12 bytes per
+# element, the minimum for a volume that does not fit into a multiprocessor.
 #
-# ## What the compiler made of it
+# ## What the compiler makes of it
 #
-# The interpreter says nothing about machine code. But Triton can compile for a GPU that is not there. Three things to look at:
+# The interpreter says nothing about machine code. But Triton can also compile for a GPU that is not
+# present. Look at three things:
 #
-# * **Load width.** A program's block is shared out among threads, here 256. A thread can fetch up to 128 bits, four floats, with one
-#   instruction. The compiler does so only if it can prove that addresses are multiples of 16 bytes.
-# * **Registers.** A thread holds its numbers in at most 255 registers of 32 bits; what does not fit is **spilled** to memory, the traffic
-#   that we came to avoid.
-# * **Occupancy.** A multiprocessor of these GPUs has 65,536 registers for all programs that are on it at a time (CUDA's programming guide).
-#   While one waits for memory, another can go on: the more fit, the better.
+# * **Load width.** The threads of a program, here 256, share its block. One instruction can read up
+#   to 128 bits, that is four floats, per thread. The compiler uses this only if it can prove that
+#   the addresses are multiples of 16 bytes.
+# * **Registers.** A thread holds its numbers in at most 255 registers of 32 bits. Numbers that do
+#   not fit are **spilled** to memory, which causes the traffic that we want to avoid.
+# * **Occupancy.** A multiprocessor of these GPUs has 65,536 registers for all programs that run on
+#   it at the same time (CUDA programming guide). While one program waits for memory another can
+#   run, so the more programs fit, the better.
 #
-# Below, the kernel of puzzle 1 is compiled for sm_90 (the H100), in a process of its own without `TRITON_INTERPRET`, for several block
-# sizes, each worked on by 256 threads; once with the promise that `n` and the pointers are multiples of 16, which Triton gives the compiler
-# where a launch's arguments are, and once without.
+# The next cell compiles the kernel of puzzle 1 for sm_90 (the H100) in a separate process without
+# `TRITON_INTERPRET`, for several block sizes, each with 256 threads per program; once with the
+# guarantee that `n` and the pointers are multiples of 16 (Triton gives it to the compiler whenever
+# the arguments of a launch are), and once without.
 
 # %%
-kernel = sums  # my_sums, once it is right
+kernel = sums  # or my_sums, once it is right
 
 script = """
 import json, sys
@@ -727,51 +848,64 @@ from mine import kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-signature = {"logits": "*fp32", "target": "*u8", "partials": "*fp32", "n": "i32", "programs": "i32", "BLOCK": "constexpr"}
+signature = {"logits": "*fp32", "target": "*u8", "partials": "*fp32"}
+signature |= {"n": "i32", "programs": "i32", "BLOCK": "constexpr"}
 for block in (1024, 2048, 4096, 8192, 16384):
-    for promise in (True, False):
-        attrs = {(i,): [["tt.divisibility", 16]] for i in range(4)} if promise else {}
-        asm = compile(ASTSource(kernel, signature, {"BLOCK": block}, attrs), GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm  # 256 threads
+    for aligned in (True, False):
+        attrs = {(i,): [["tt.divisibility", 16]] for i in range(4)} if aligned else {}
+        source = ASTSource(kernel, signature, {"BLOCK": block}, attrs)
+        options = {"num_warps": 8}  # 256 threads
+        asm = compile(source, GPUTarget("cuda", 90, 32), options).asm
         registers, spilled, loads, stores = nvidia(asm)
-        example = next(line.strip() for line in asm["ptx"].splitlines() if "ld.global" in line)
-        row = dict(block=block, promise=promise, registers=registers, spilled=spilled, loads=len(loads), widest=max(loads), example=example)
+        lines = [line.strip() for line in asm["ptx"].splitlines()]
+        row = dict(block=block, aligned=aligned, registers=registers, spilled=spilled)
+        row |= dict(loads=len(loads), widest=max(loads))
+        row["example"] = next(line for line in lines if "ld.global" in line)
         print(json.dumps(row))
 """
 if triton:
     with tempfile.TemporaryDirectory() as folder:
-        code = inspect.getsource(kernel.fn) + f"\nkernel = {kernel.fn.__name__}\n"
-        Path(folder, "mine.py").write_text("import triton.language as tl\nfrom triton import jit\n\n" + code)
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        done = subprocess.run([sys.executable, "-c", script, folder], env=environment, capture_output=True, text=True)
+        code = "import triton.language as tl\nfrom triton import jit\n\n"
+        code += inspect.getsource(kernel.fn) + f"\nkernel = {kernel.fn.__name__}\n"
+        Path(folder, "mine.py").write_text(code)
+        environment = dict(os.environ)
+        del environment["TRITON_INTERPRET"]
+        command = [sys.executable, "-c", script, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    print(done.stderr or f"{'block':>6} promise registers spilled loads  widest")
+    print(done.stderr or f"{'block':>6} aligned registers spilled loads  first load")
     for r in compiled:
-        promise, example = "yes" if r["promise"] else "no", f"{r['widest']} bits: {r['example']}"
-        print(f"{r['block']:6} {promise:7} {r['registers']:9} {r['spilled']:7} {r['loads']:5}  {example}")
+        aligned = "yes" if r["aligned"] else "no"
+        print(f"{r['block']:6} {aligned:7} {r['registers']:9} {r['spilled']:7}", end=" ")
+        print(f"{r['loads']:5}  {r['example']}")
 
 # %%
 if triton:
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
-    for promise, style in ((True, "o-"), (False, "s--")):
-        rows = [r for r in compiled if r["promise"] == promise]
+    styles = {True: dict(color=BLUE, marker="o"), False: dict(color=RED, marker="s", ls="--")}
+    for aligned, style in styles.items():
+        rows = [r for r in compiled if r["aligned"] == aligned]
+        label = "aligned" if aligned else "not aligned"
         for ax, key in zip(axes, ("loads", "registers", "spilled")):
-            ax.plot([r["block"] for r in rows], [r[key] for r in rows], style, label="aligned" if promise else "no promise")
-    for ax, title in zip(axes, ("load instructions a thread", "registers a thread", "bytes spilled a thread")):
+            ax.plot([r["block"] for r in rows], [r[key] for r in rows], label=label, **style)
+    for ax, what in zip(axes, ("load instructions", "registers", "bytes spilled")):
         ax.set_xscale("log", base=2)
-        ax.set(xlabel="BLOCK, by 256 threads", title=title)
+        ax.set(xlabel="BLOCK, with 256 threads", title=f"{what} per thread")
         ax.grid(alpha=0.3)
     axes[0].set_yscale("log", base=2)
-    axes[1].axhline(255, color="tab:red", lw=0.8)
+    axes[1].axhline(255, color="black", lw=0.8)
     axes[0].legend(fontsize=8)
     plt.show()
 
 # %% [markdown]
-# With the promise a thread fetches four floats, or sixteen labels, at once; without it, a number at a time, with four to sixteen times the
-# instructions. A volume whose n is no multiple of 16 gets that worse kernel. Larger blocks keep more loads under way at a time, and cost
-# registers, until they spill.
+# With the guarantee a thread reads four floats, or sixteen labels, at once. Without it, a thread
+# reads one number at a time and needs about four to five times as many instructions. A volume whose
+# n is not a multiple of 16 gets this slower kernel. Larger blocks keep more loads in progress at
+# the same time, and use more registers, until they spill.
 #
-# `benchmarks/budget.py` does this for every kernel of this repository and four GPUs. It compiles, reads the machine code, and fails where a
-# kernel spills, or loads less than 128 bits at a time where the layout would allow it. Its table is `results/budget.csv`:
+# `benchmarks/budget.py` does this for every kernel of this repository and for four GPUs. It
+# compiles, reads the machine code, and fails if a kernel spills, or loads less than 128 bits at a
+# time although the layout would allow it. Its table is `results/budget.csv`:
 
 # %%
 budget = list(csv.DictReader(open("results/budget.csv")))
@@ -784,30 +918,44 @@ families = [
     "norm_act_backward",
     "voxel_shuffle",
 ]
-colors = {"sm_80": "tab:blue", "sm_90": "tab:green", "sm_100": "tab:purple", "gfx942": "tab:red"}
-fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+styles = {
+    "sm_80": (BLUE, "|"),
+    "sm_90": (ORANGE, "x"),
+    "sm_100": (GREEN, "+"),
+    "gfx942": (PINK, "."),
+}
+fig, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
 for y, family in enumerate(families):
-    for k, (gpu, color) in enumerate(colors.items()):
-        registers = [int(r["registers"]) for r in budget if r["kernel"].startswith(family) and r["target"] == gpu]
-        ax.plot(registers, [y + 0.18 * (k - 1.5)] * len(registers), "|", ms=9, color=color, label=gpu if y == 0 else None)
-ax.set(xlabel="registers a thread", xlim=(0, 150), yticks=range(len(families)), yticklabels=families)
-ax.set_title(f"Every kernel on four GPUs: {len(budget)} compiled, {sum(int(r['spilled']) > 0 for r in budget)} spill")
+    for k, (gpu, (color, marker)) in enumerate(styles.items()):
+        rows = [r for r in budget if r["kernel"].startswith(family) and r["target"] == gpu]
+        registers = [int(r["registers"]) for r in rows]
+        style = dict(ls="", marker=marker, ms=7, color=color, label=gpu if y == 0 else None)
+        ax.plot(registers, [y + 0.18 * (k - 1.5)] * len(registers), **style)
+spilled = sum(int(r["spilled"]) > 0 for r in budget)
+ax.set_title(f"Every kernel on four GPUs: {len(budget)} compiled, {spilled} spill")
+ax.set(xlabel="registers per thread", xlim=(0, 150))
+ax.set(yticks=range(len(families)), yticklabels=families)
+fits = (8, 4, 3, 2)  # programs per multiprocessor
+edges = [65536 / 256 / k for k in fits]
 top = ax.secondary_xaxis("top")
-top.set(xticks=[65536 / 256 / k for k in (8, 4, 3, 2)], xticklabels=[8, 4, 3, 2], xlabel="programs of 256 threads a multiprocessor (sm_*)")
-for k in (8, 4, 3, 2):
-    ax.axvline(65536 / 256 / k, color="gray", lw=0.8, ls=":")
+top.set(xticks=edges, xticklabels=fits)
+top.set_xlabel("programs of 256 threads that fit on a multiprocessor (sm_*)")
+for edge in edges:
+    ax.axvline(edge, color="gray", lw=0.8, ls=":")
 ax.invert_yaxis()
 ax.legend(fontsize=8, loc="lower right")
 plt.show()
-grad = next(r for r in budget if r["kernel"] == "dice_ce grad C=2 float32 ncdhw" and r["target"] == "sm_90")
+name = "dice_ce grad C=2 float32 ncdhw"
+grad = next(r for r in budget if (r["kernel"], r["target"]) == (name, "sm_90"))
 fit = 65536 // (int(grad["registers"]) * 256)
-print(f"{grad['kernel']} on sm_90: {grad['registers']} registers a thread, so {fit} programs a multiprocessor")
+print(f"{name} on sm_90: {grad['registers']} registers per thread,", end=" ")
+print(f"so {fit} programs fit on a multiprocessor")
 
 # %% [markdown]
-# ## Where to go from here
+# ## Where to continue
 #
-# * `kernels/dice_ce.py`, `norm_act.py`, `voxel_shuffle.py`: each opens with its equations, backward pass, bytes and layout, as here, and
-#   stands alone.
-# * `python benchmarks/traffic.py`, `benchmarks/budget.py`: the meter and the compiler's table, live. `benchmarks/kernels.py` measures times
-#   where there is a GPU.
-# * `tutorials/exercises.md`: a Tversky term in the kernel, and nine more.
+# * `kernels/dice_ce.py`, `norm_act.py`, `voxel_shuffle.py`: each opens with its equations, backward
+#   pass, bytes and layout, as here, and depends on no other file.
+# * `python benchmarks/traffic.py` and `benchmarks/budget.py`: the counts and the compiler's table,
+#   computed on your machine. `benchmarks/kernels.py` measures times if there is a GPU.
+# * `tutorials/exercises.md`: a Tversky term in the kernel, and nine more exercises.

@@ -1,20 +1,23 @@
 # %% [markdown]
 # # 4. Voxel shuffling: a task without labels
 #
-# In v1, v2 and v3 the CT branch reconstructs the CT. Given the clean CT that would be an easy task, and a useless one: copy the input
-# to the output, the skip connections lead straight there. So the input is *corrupted* and the target stays clean. The paper compares
-# two corruptions: Gaussian **noise**, and **voxel shuffling**, in which the voxels inside a cube change places at random. This notebook
-# looks at both, at the permutation behind the second, and at what a network can make of them.
+# In v1, v2 and v3 the CT branch reconstructs the CT. If it got the clean CT this task would be easy
+# and useless: the skip connections allow it to copy the input to the output. So the input is
+# *corrupted*, and the target stays clean. The paper compares two corruptions: Gaussian **noise**,
+# and **voxel shuffling**, which permutes the voxels inside a cube at random. This notebook looks at
+# both, at the permutation behind the second, and at what a network learns from them.
 #
-# You need PyTorch's basics. It runs in a minute or two, without a GPU and with nothing to download.
+# You need the basics of PyTorch. The notebook runs in one or two minutes, without a GPU and without
+# a download.
 
 # %%
 import os
 from pathlib import Path
 
-if Path.cwd().name == "tutorials":  # where Jupyter starts; the code is one folder up
+if Path.cwd().name == "tutorials":  # Jupyter starts here; the code is one folder up
     os.chdir("..")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two cores be shared with other programs; must come before torch
+# Let waiting threads sleep, so that other programs can use the cores. Set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sys
 
@@ -30,197 +33,243 @@ import kernels
 import losses
 import phantom
 from mirror_unet import MirrorUNet
+from patches import Augmentation, PatchDataset, corrupt_ct
 
 plt.rcParams["figure.dpi"] = 90
-NOISE, SHUFFLE, CLEAN = "#1b6ca8", "#d95f02", "#444a54"
+# Colors of the Okabe-Ito palette, for color-blind readers, too.
+NOISE, SHUFFLE, CLEAN = "#0072B2", "#D55E00", "#444a54"
 
 # %% [markdown]
 # ## What it looks like
 #
-# A synthetic patient (`phantom.py` draws it; `preprocess` brings it to the network's grid and scales CT values of -100 to 250 HU to 0
-# to 1). We cut a patch of $64^3$ voxels of 4 mm out of the chest and corrupt it with `data.corrupt_ct`, the function that training
-# uses. It takes a batch with CT and PET, leaves the PET alone, and draws everything random from a *key*, one integer a sample.
+# `phantom.py` draws a synthetic patient; `preprocess` resamples it to the network's grid and scales
+# CT values of -100 to 250 HU to 0 to 1. We cut a patch of $64^3$ voxels of 4 mm out of the chest
+# and corrupt it with `patches.corrupt_ct`, the function that training uses. It takes a batch of CT
+# and PET and leaves the PET untouched. All its random numbers follow from a *key*, one integer per
+# sample.
 
 # %%
 spacing = (4.0, 4.0, 4.0)
 phantom.write_petct("cache/tutorials/petct-4mm", 1, spacing=spacing)
-study = data.preprocess(data.find_petct("cache/tutorials/petct-4mm")[0], data.Preprocessing(spacing=spacing))
-whole = torch.from_numpy(study["image"].astype(np.float32))  # (2, D, H, W): CT, PET
-clean = whole[None, :, 16:80, 4:68, 90:154]  # (1, 2, 64, 64, 64)
+case = data.find_petct("cache/tutorials/petct-4mm")[0]
+study = data.preprocess(case, data.Preprocessing(spacing=spacing))
+image = torch.from_numpy(study["image"].astype(np.float32))  # (2, D, H, W): CT, PET
+clean = image[None, :, 16:80, 4:68, 90:154]  # (1, 2, 64, 64, 64)
 
 key = torch.tensor([7])
 views = {
     "clean": clean,
-    "noise, sigma 0.3": data.corrupt_ct(clean, "noise", key),
-    "shuffled, 1 cube of 16³": data.corrupt_ct(clean, "shuffle", key),
-    "shuffled, 12 cubes of 16³": data.corrupt_ct(clean, "shuffle", key, cubes=12),
+    "noise, sigma 0.3": corrupt_ct(clean, "noise", key),
+    "shuffled, 1 cube of 16³": corrupt_ct(clean, "shuffle", key),
+    "shuffled, 12 cubes of 16³": corrupt_ct(clean, "shuffle", key, cubes=12),
 }
-assert all(torch.equal(view[:, 1], clean[:, 1]) for view in views.values())  # the PET is untouched
+assert all(torch.equal(view[:, 1], clean[:, 1]) for view in views.values())  # the PET is the same
 
 moved = (views["shuffled, 1 cube of 16³"] != clean)[0, 0].nonzero()
-x, y, z = moved.float().mean(0).round().int().tolist()  # slices through the middle of the one cube
+x, y, z = moved.float().mean(0).round().int().tolist()  # slices through the center of the cube
 fig, axes = plt.subplots(3, 4, figsize=(9, 7.4), layout="constrained")
 for column, (title, view) in zip(axes.T, views.items()):
-    for ax, plane in zip(column, (view[0, 0, :, :, z], view[0, 0, :, y], view[0, 0, x])):
+    ct = view[0, 0]
+    for ax, plane in zip(column, (ct[:, :, z], ct[:, y], ct[x])):
         ax.imshow(plane.T, origin="lower", cmap="gray", vmin=-0.1, vmax=1.1)
         ax.set(xticks=[], yticks=[])
     column[0].set_title(title, fontsize=10)
-for ax, name in zip(axes[:, 0], ("from below", "from the front", "from the side")):
+for ax, name in zip(axes[:, 0], ("axial", "coronal", "sagittal")):
     ax.set_ylabel(name)
 plt.show()
 
 # %% [markdown]
-# ## What each keeps, and what it destroys
+# ## What is kept, and what is destroyed
 #
-# Look at a cube on its own. Two ways to describe it without looking at it as a picture: its **histogram**, which values occur how
-# often, wherever they are; and its **spectrum**, how much of its contrast is in slow and how much in fast waves (the squared size of
-# its Fourier transform). Structure, be it large or small, is what makes a spectrum fall: in pictures of the world slow waves are
+# Look at a single cube. There are two ways to describe it without its geometry: its **histogram**
+# says how often each value occurs, wherever it is; its **power spectrum** says how much of its
+# contrast is in low and how much in high frequencies (it is the squared magnitude of the Fourier
+# transform). The spectrum of a structured image falls: in natural images low frequencies are the
 # strongest.
 #
-# **Your turn.** Which of the two does a shuffle keep, which does noise keep?
+# **Your turn.** Which of the two does a shuffle keep, and which does noise keep?
 
 
 # %%
 def spectrum(cubes):
-    """Mean power at each frequency, in cycles a cube side: (N, 16, 16, 16) -> 8 numbers."""
+    """Mean power of 8 frequencies, in cycles per cube side, of cubes (N, 16, 16, 16)."""
     power = np.abs(np.fft.fftn(cubes, axes=(1, 2, 3))) ** 2
     f = np.fft.fftfreq(16, 1 / 16)
-    distance = np.sqrt(f[:, None, None] ** 2 + f[None, :, None] ** 2 + f[None, None, :] ** 2).round().astype(int)
+    squares = f[:, None, None] ** 2 + f[None, :, None] ** 2 + f[None, None, :] ** 2
+    distance = np.sqrt(squares).round().astype(int)
     return [power[:, distance == n].mean() for n in range(1, 9)]
 
 
-corners = torch.tensor([[[i, j, k] for i in (0, 16, 32, 48) for j in (0, 16, 32, 48) for k in (0, 16, 32, 48)]])  # 64 cubes fill the patch
-ct = clean[:, :1]
+def split_into_cubes(image):
+    """(1, 1, 64, 64, 64) -> (64, 16, 16, 16)."""
+    cubes = image[0, 0].unfold(0, 16, 16).unfold(1, 16, 16).unfold(2, 16, 16)
+    return cubes.reshape(-1, 16, 16, 16).numpy()
+
+
+places = (0, 16, 32, 48)
+corners = torch.tensor([[[i, j, k] for i in places for j in places for k in places]])  # (1, 64, 3)
+ct = clean[:, :1]  # (1, 1, 64, 64, 64)
 versions = {
-    "clean": (ct, CLEAN),
-    "noise": (data.corrupt_ct(clean, "noise", key)[:, :1], NOISE),
-    "shuffled": (kernels.voxel_shuffle(ct, corners, 16, seed=7), SHUFFLE),
+    "clean": ct,
+    "noise": corrupt_ct(clean, "noise", key)[:, :1],
+    "shuffled": kernels.voxel_shuffle(ct, corners, 16, seed=7),  # all 64 cubes of the patch
+}
+styles = {
+    "clean": dict(color=CLEAN, lw=5, alpha=0.4),
+    "noise": dict(color=NOISE, lw=2, ls="--"),
+    "shuffled": dict(color=SHUFFLE, lw=2),
 }
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
-for name, (image, color) in versions.items():
-    style = dict(color=color, lw=4 if name == "clean" else 2, alpha=0.5 if name == "clean" else 1.0, label=name)
-    left.hist(image.flatten(), bins=100, range=(-0.6, 1.6), histtype="step", **style)
-    blocks = image[0, 0].unfold(0, 16, 16).unfold(1, 16, 16).unfold(2, 16, 16).reshape(-1, 16, 16, 16).numpy()
-    right.semilogy(range(1, 9), spectrum(blocks), "o-", **style)
-left.set(title="histogram of the whole patch", xlabel="CT value", yscale="log", ylabel="voxels")
-right.set(title="spectrum, mean over 64 cubes of 16³", xlabel="waves a cube side (slow to fast)", ylabel="power")
+for name, image in versions.items():
+    options = dict(bins=100, range=(-0.6, 1.6), histtype="step", label=name)
+    left.hist(image.flatten(), **options, **styles[name])
+    power = spectrum(split_into_cubes(image))
+    right.semilogy(range(1, 9), power, marker="o", label=name, **styles[name])
+left.set(title="histogram of the whole patch", xlabel="CT value", ylabel="voxels", yscale="log")
+right.set(title="power spectrum, mean over 64 cubes of 16³", ylabel="power")
+right.set(xlabel="frequency, cycles per cube side")
 left.legend()
 right.legend()
 plt.show()
 
-same = torch.equal(versions["shuffled"][0].flatten().sort().values, ct.flatten().sort().values)
-print(f"after the shuffle exactly the same values are there: {same}")
+sorted_values = [versions[name].flatten().sort().values for name in ("shuffled", "clean")]
+print("the shuffled patch has exactly the same values:", torch.equal(*sorted_values))
 
 # %% [markdown]
 # **Answer.**
 #
-# * The **shuffle** keeps the histogram, to the last voxel, and so each cube's mean and contrast. It *whitens* the spectrum: the power
-#   that was in slow waves is spread evenly over all. Values stay, structure goes.
-# * **Noise** smears the histogram (there are values that no tissue has) and leaves the slow waves nearly as they were: it only adds a
-#   floor, on which the fast ones drown. Structure stays, values go.
+# * The **shuffle** keeps the histogram exactly, and thus the mean and the contrast of each cube. It
+#   makes the spectrum *white*: the power of the low frequencies is spread evenly over all. Values
+#   stay, structure is lost.
+# * **Noise** broadens the histogram (it makes values that no tissue has) and leaves the low
+#   frequencies almost unchanged: it only adds a constant, below which the high frequencies vanish.
+#   Structure stays, values are lost.
 #
-# So the two ask for different abilities. Noise is undone by *averaging neighbours*. Does that help against a shuffle? Smooth both with
-# a Gaussian filter, the simplest averaging there is, and measure the distance to the clean CT:
+# So the two corruptions ask for different abilities. Noise is removed by *averaging neighbors*.
+# Does this also help against a shuffle? We smooth both with a Gaussian filter, the simplest kind of
+# averaging, and measure the distance to the clean CT:
 
 # %%
 widths = np.linspace(0, 4, 17)
+target = ct[0, 0].numpy()
 fig, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
-for name in ("noise", "shuffled"):
-    image, color = versions[name]
-    errors = [np.mean((gaussian_filter(image[0, 0].numpy(), w) - ct[0, 0].numpy()) ** 2) for w in widths]
-    ax.plot(widths, errors, "o-", color=color, label=name)
+for name, marker in (("noise", "o"), ("shuffled", "s")):
+    image = versions[name][0, 0].numpy()
+    errors = [np.mean((gaussian_filter(image, width) - target) ** 2) for width in widths]
+    ax.plot(widths, errors, marker=marker, label=name, **styles[name])
     best = int(np.argmin(errors))
-    print(f"{name:9} error {errors[0]:.3f}, at best {errors[best]:.3f}, at a width of {widths[best]} voxels")
-variance = blocks.var((1, 2, 3)).mean()  # within a shuffled cube, and within the clean one: it is the same
-ax.axhline(variance, color=SHUFFLE, ls="--", lw=1, label="every cube replaced by its mean")
-ax.set(xlabel="width of the Gaussian filter, voxels", ylabel="mean squared error", ylim=(0, None), title="How far averaging goes")
+    print(f"{name:9} error {errors[0]:.3f}, at best {errors[best]:.3f}", end=" ")
+    print(f"with a width of {widths[best]} voxels")
+variance = split_into_cubes(ct).var((1, 2, 3)).mean()  # within a cube; a shuffle does not change it
+ax.axhline(variance, color=CLEAN, ls=":", label="every cube replaced by its mean")
+ax.set(xlabel="width of the Gaussian filter, voxels", ylabel="mean squared error", ylim=(0, None))
+ax.set_title("What averaging achieves")
 ax.legend()
 plt.show()
 
 # %% [markdown]
-# A narrow filter removes most of the noise. Against the shuffle averaging soon comes to its end, near the cube's mean: what lies where
-# in a cube is lost to it. To do better one has to know what belongs there, from the surroundings and from other patients: the air of a
-# lung with its wall at *this* side, a rib of *that* thickness. The paper reports that shuffling helps the segmentation more than noise,
-# and noise more than nothing.
+# A narrow filter removes most of the noise. Against the shuffle averaging soon reaches its limit,
+# close to the mean of the cube, because it has no information about the arrangement inside a cube.
+# To do better one has to know what belongs there, from the surroundings and from other patients:
+# the wall of a lung is on *this* side, a rib has *that* thickness. The paper reports that shuffling
+# helps the segmentation more than noise, and noise more than no corruption.
 #
 # ## A permutation without a table
 #
-# How does one shuffle? The usual way is a list of the $16^3=4096$ places in random order. On a GPU, for each sample and cube of a
-# batch, that list has to be made, stored and read. There is a prettier way: a *formula* for where the voxel at $(i,j,k)$ comes from. It
-# must look random, and it must be a **bijection**: no place used twice, none left out. With a hash function $h$, which scrambles
-# numbers and is anything but invertible, that seems hopeless. The trick is Feistel's, from cryptography. For a cube of side $s$:
+# How does one shuffle? The usual way is a list of the $16^3=4096$ positions in random order. On a
+# GPU this list must be made, stored and read for each sample and each cube of a batch. There is a
+# more elegant way: a *formula* for the position that the voxel at $(i,j,k)$ comes from. It must
+# look random, and it must be a **bijection**: no position is used twice, none is left out. A hash
+# function $h$ scrambles numbers but is not invertible, so this seems impossible. The solution comes
+# from cryptography (Feistel). For a cube of side $s$:
 #
-# $$i\leftarrow i+h(j,k)\bmod s\qquad\text{then}\qquad j\leftarrow j+h(k,i)\bmod s\qquad\text{then}\qquad k\leftarrow k+h(i,j)\bmod s$$
+# $$i\leftarrow i+h(j,k)\bmod s\qquad\text{then}\qquad j\leftarrow j+h(k,i)\bmod s
+#   \qquad\text{then}\qquad k\leftarrow k+h(i,j)\bmod s$$
 #
-# and again, some rounds, $h$ a different one in each step. Why this is a bijection: the first step changes only $i$. Whoever sees the
-# result still has $j$ and $k$, so can compute $h(j,k)$, and *subtract* it. Each step can be undone, whatever $h$ is; so can the chain,
-# from its end. And what can be undone has mixed up no two places.
+# and so on for several rounds, with a different $h$ in each step. Why is this a bijection? The
+# first step changes only $i$. From its result one still knows $j$ and $k$, can compute $h(j,k)$,
+# and can *subtract* it. So each step can be undone, whatever $h$ is, and therefore also the whole
+# chain, in reverse order. A function that can be undone never maps two positions to one.
 
 
 # %%
 def h(a, b, step, key):
-    """Any function to whole numbers will do. This one multiplies and throws the last bits away."""
+    """Any function to integers works. This one multiplies and drops the last bits."""
     return (a * 40503 + b * 30011 + step * 7919 + key) * 27644437 % 65521 >> 5
 
 
-def steps(i, j, k, size, key, rounds=4):
-    """The coordinates after each single step, as a list that begins with the coordinates themselves."""
-    at, seen = [i, j, k], [(i, j, k)]
+def apply_steps(i, j, k, size, key, rounds=4):
+    """Return a list of the coordinates: before the first step and after each step."""
+    position, history = [i, j, k], [(i, j, k)]
     for step in range(3 * rounds):
         a, b, c = step % 3, (step + 1) % 3, (step + 2) % 3
-        at[a] = (at[a] + h(at[b], at[c], step, key)) % size
-        seen.append(tuple(at))
-    return seen
+        position[a] = (position[a] + h(position[b], position[c], step, key)) % size
+        history.append(tuple(position))
+    return history
 
 
 size = 16
-places = np.indices((size, size, size))  # i, j and k of all 4096 places
-seen = steps(*places, size, key=7)
-index = (seen[-1][0] * size + seen[-1][1]) * size + seen[-1][2]
-print("each of the 4096 places occurs once:", sorted(index.flatten()) == list(range(size**3)))
+start = np.indices((size, size, size))  # i, j and k of all 4096 positions
+history = apply_steps(*start, size, key=7)
+i, j, k = history[-1]
+index = (i * size + j) * size + k
+print("each of the 4096 positions occurs once:", sorted(index.flatten()) == list(range(size**3)))
 
 # %% [markdown]
-# **Your turn.** Write `undo`, which finds $(i,j,k)$ from what `steps` ends with. Then choose any `h` you like, for instance one that
-# always returns 3: still a bijection? A good shuffle? The answer, with a check:
+# **Your turn.** Write `undo`, which recovers $(i,j,k)$ from the last result of `apply_steps`. Then
+# replace `h` by anything you like, for example a function that always returns 3. Is the result
+# still a bijection? Is it a good shuffle? Here is a solution, with a check:
 
 
 # %%
 def undo(i, j, k, size, key, rounds=4):
-    """The coordinates from which `steps` came here."""
-    at = [i, j, k]
+    """The coordinates from which `apply_steps` started."""
+    position = [i, j, k]
     for step in reversed(range(3 * rounds)):
         a, b, c = step % 3, (step + 1) % 3, (step + 2) % 3
-        at[a] = (at[a] - h(at[b], at[c], step, key)) % size
-    return tuple(at)
+        position[a] = (position[a] - h(position[b], position[c], step, key)) % size
+    return tuple(position)
 
 
-back = undo(*seen[-1], size, key=7)
-print("undone:", all(np.array_equal(a, b) for a, b in zip(back, places)))
+restored = undo(*history[-1], size, key=7)
+print("undone:", all(np.array_equal(a, b) for a, b in zip(restored, start)))
 
 # %% [markdown]
-# To see it, give each voxel a colour that says where it comes from (red for $i$, green for $j$, blue for $k$) and watch one slice of
-# the cube:
+# To see the steps, look at one slice of the cube. Each row of the figure shows one coordinate as a
+# brightness, from 0 (dark) to 15 (bright):
 
 # %%
-fig, axes = plt.subplots(1, 6, figsize=(9, 2.1), layout="constrained")
-pictures = [("the places", seen[0]), ("step 1: i moves", seen[1]), ("step 2: j", seen[2]), ("step 3: k", seen[3])]
-for ax, (title, at) in zip(axes, [*pictures, ("4 rounds", seen[-1]), ("undone", back)]):
-    ax.imshow(np.stack(at, -1)[:, :, 8].swapaxes(0, 1) / (size - 1), origin="lower")
-    ax.set_title(title, fontsize=10)
-    ax.set(xticks=[], yticks=[])
+pictures = {
+    "start": history[0],
+    "step 1: i": history[1],
+    "step 2: j": history[2],
+    "step 3: k": history[3],
+    "4 rounds": history[-1],
+    "undone": restored,
+}
+fig, axes = plt.subplots(3, 6, figsize=(9, 4.9), layout="constrained")
+for column, (title, position) in zip(axes.T, pictures.items()):
+    column[0].set_title(title, fontsize=10)
+    for ax, values in zip(column, position):
+        ax.imshow(values[:, :, 8].T, origin="lower", cmap="cividis", vmin=0, vmax=size - 1)
+        ax.set(xticks=[], yticks=[])
+for ax, name in zip(axes[:, 0], "ijk"):
+    ax.set_ylabel(name, rotation=0, labelpad=10)
 plt.show()
 
 # %% [markdown]
-# The first step slides each row of the cube by its own amount, so that rows keep their order within. Three steps have moved every
-# coordinate, and after four rounds no trace is left. (With $h=3$ it is a bijection, too: the cube is moved as a whole, by a multiple of
-# 3 along each axis, and is not shuffled at all.)
+# The first step shifts each row of the cube by its own amount, so the order within a row stays.
+# Three steps have changed every coordinate once, and after four rounds no trace of the order is
+# left. (With $h=3$ the map is still a bijection: it moves the cube as a whole, by a multiple of 3
+# along each axis, and does not shuffle it at all.)
 #
-# The library's `kernels.voxel_shuffle` is this with a better hash, in one pass over memory, on CPU and GPU with the same bits. It takes
-# corners and side of the cubes, and the key (`seed`); `inverse=True` undoes it. Its gradient needs no thought either: if $y=\Pi x$ with
-# a permutation matrix $\Pi$, then $\frac{dL}{dx}=\Pi^T\frac{dL}{dy}=\Pi^{-1}\frac{dL}{dy}$: the inverse shuffle.
+# `kernels.voxel_shuffle` of the library does the same with a better hash, in one pass over memory,
+# with the same bits on CPU and GPU. It takes the corners and the side of the cubes and the key
+# (`seed`); `inverse=True` undoes it. Its gradient is simple, too: if $y=\Pi x$ with a permutation
+# matrix $\Pi$, then $\frac{dL}{dx}=\Pi^T\frac{dL}{dy}=\Pi^{-1}\frac{dL}{dy}$, the inverse shuffle.
 
 # %%
-corner = torch.tensor([[[24, 20, 24], [30, 26, 30]]])  # two cubes, which overlap: the second shuffles what the first has left
+corner = torch.tensor([[[24, 20, 24], [30, 26, 30]]])  # two cubes that overlap, one after the other
 shuffled = kernels.voxel_shuffle(ct, corner, 16, seed=7)
 restored = kernels.voxel_shuffle(shuffled, corner, 16, seed=7, inverse=True)
 wrong_key = kernels.voxel_shuffle(shuffled, corner, 16, seed=8, inverse=True)
@@ -228,8 +277,10 @@ wrong_key = kernels.voxel_shuffle(shuffled, corner, 16, seed=8, inverse=True)
 x = ct.clone().requires_grad_()
 weights = torch.randn(ct.shape)
 (kernels.voxel_shuffle(x, corner, 16, seed=7) * weights).sum().backward()
-print("restored, bit for bit:", torch.equal(restored, ct), "  with a wrong key:", torch.equal(wrong_key, ct))
-print("gradient = inverse shuffle:", torch.equal(x.grad, kernels.voxel_shuffle(weights, corner, 16, seed=7, inverse=True)))
+expected = kernels.voxel_shuffle(weights, corner, 16, seed=7, inverse=True)
+print("restored, bit for bit:", torch.equal(restored, ct))
+print("restored with another key:", torch.equal(wrong_key, ct))
+print("gradient = inverse shuffle:", torch.equal(x.grad, expected))
 
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.6), layout="constrained")
 titles = ("clean", "two cubes shuffled", "inverse, same key", "inverse, another key")
@@ -240,15 +291,18 @@ for ax, image, title in zip(axes, (ct, shuffled, restored, wrong_key), titles):
 plt.show()
 
 # %% [markdown]
-# That the key decides everything is worth more than it seems: the same training sample is corrupted in the same way whatever the number
-# of loader processes, on any device, and after a run was stopped and resumed.
+# The key determines everything, and this is worth more than it seems: a training sample is
+# corrupted in the same way whatever the number of loader processes, on any device, and after a run
+# was stopped and resumed.
 #
 # ## Learning to restore
 #
-# Now train a network on it: the CT branch of a v1 alone, one half of a Mirror U-Net, since the other half does not see the CT. Three
-# times from the same start: nothing corrupted, noise, shuffling. To be quick: voxels of 6 mm, narrow layers, 100 steps, and 24
-# cubes a patch instead of one. The cubes have a side of 8 voxels, here 48 mm; the paper's 16 voxels are 32 to 48 mm. `PatchDataset`
-# cuts random patches out of sixteen studies; four studies of other patients are held out.
+# Now we train a network on this task: only the CT branch of a v1, one half of a Mirror U-Net, since
+# the other half does not see the CT. There are three runs with the same initial weights: no
+# corruption, noise, shuffling. To be fast they use voxels of 6 mm, narrow layers, 100 steps, and 24
+# cubes per patch instead of one. A cube has a side of 8 voxels, here 48 mm; the 16 voxels of the
+# paper are 32 to 48 mm. `PatchDataset` cuts random patches out of sixteen studies; four studies of
+# other patients are held out.
 
 # %%
 import contextlib
@@ -256,79 +310,96 @@ import io
 
 spacing = (6.0, 6.0, 6.0)
 phantom.write_petct("cache/tutorials/petct-6mm", 20, spacing=spacing)
-with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+with contextlib.redirect_stderr(io.StringIO()):  # without the progress bar
     found = data.find_petct("cache/tutorials/petct-6mm")[:20]
-    cases = data.build_cache(found, data.Preprocessing(spacing=spacing), "cache/tutorials/arrays", workers=1)
+    preprocessing = data.Preprocessing(spacing=spacing)
+    cases = data.build_cache(found, preprocessing, "cache/tutorials/arrays", workers=1)
 print("held out:", *[case.name for case in cases[-4:]])
 SIDE, CUBES, STEPS = 8, 24, 100
 
 
 def batch_of(patches, numbers):
+    """Images (B, 2, D, H, W) and keys (B,) of some patches."""
     items = [patches[n] for n in numbers]
-    return torch.stack([item["image"] for item in items]), torch.stack([item["key"] for item in items])
+    return torch.stack([p["image"] for p in items]), torch.stack([p["key"] for p in items])
 
 
-patches = data.PatchDataset(cases[:-4], (48, 48, 48), 1000, seed=0, aug=data.Augmentation(flip_axes=(0,)))
-test, test_keys = batch_of(data.PatchDataset(cases[-4:], (48, 48, 48), 8, seed=1), range(8))
-target = test[:, :1]
+size, flips = (48, 48, 48), Augmentation(flip_axes=(0,))
+training = PatchDataset(cases[:-4], size, 2 * (STEPS + 1), seed=0, aug=flips)
+test, test_keys = batch_of(PatchDataset(cases[-4:], size, 8, seed=1), range(8))
+target = test[:, :1]  # (8, 1, 48, 48, 48)
 
-# For the test eight cubes a patch, in places that we know: so we can also replace each by its mean.
-grid = torch.tensor([[i, j, k] for i in (8, 32) for j in (8, 32) for k in (8, 32)]).expand(8, -1, -1)
-cube_mean, touched = target.clone(), torch.zeros_like(target, dtype=torch.bool)
+# The test has eight cubes per patch at known places, so that their means can be computed, too.
+places = (8, 32)
+grid = torch.tensor([[i, j, k] for i in places for j in places for k in places])
+grid = grid.expand(8, -1, -1)  # (8, 8, 3): the same places in all patches
+cube_mean, in_cubes = target.clone(), torch.zeros_like(target, dtype=torch.bool)
 for i, j, k in grid[0].tolist():
-    where = (..., slice(i, i + SIDE), slice(j, j + SIDE), slice(k, k + SIDE))
-    cube_mean[where] = target[where].mean((2, 3, 4), keepdim=True)
-    touched[where] = True
-test_in = {
+    cube = (..., slice(i, i + SIDE), slice(j, j + SIDE), slice(k, k + SIDE))
+    cube_mean[cube] = target[cube].mean((2, 3, 4), keepdim=True)
+    in_cubes[cube] = True
+inputs = {
     "none": target,
-    "noise": data.corrupt_ct(test, "noise", test_keys)[:, :1],
+    "noise": corrupt_ct(test, "noise", test_keys)[:, :1],
     "shuffle": kernels.voxel_shuffle(target, grid, SIDE, test_keys),
 }
 
+
 # %%
-histories, branches = {}, {}
-for how in test_in:
+def train(how):
+    """Train a CT branch; return it and its test outputs every 20 steps."""
     torch.manual_seed(0)
     branch = MirrorUNet("v1", channels=(8, 16, 32, 64, 128)).ct
     optimizer = torch.optim.Adam(branch.parameters(), 5e-3)
-    history = histories[how] = {}
+    outputs = {}
     for step in range(STEPS + 1):
-        if step % 20 == 0:  # look at the held-out patches on the way
+        if step % 20 == 0 or step == STEPS:
             with torch.no_grad():
-                history[step] = branch.decode(*branch.encode(test_in[how]))
-        image, keys = batch_of(patches, (2 * step, 2 * step + 1))
-        corrupted = data.corrupt_ct(image, how, keys, SIDE, CUBES)[:, :1]
+                outputs[step] = branch.decode(*branch.encode(inputs[how]))
+        image, keys = batch_of(training, (2 * step, 2 * step + 1))
+        corrupted = corrupt_ct(image, how, keys, SIDE, CUBES)[:, :1]
         loss = losses.l2(branch.decode(*branch.encode(corrupted)), image[:, :1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    branches[how] = branch
+    return branch, outputs
+
+
+branches, outputs = {}, {}
+for how in inputs:
+    branches[how], outputs[how] = train(how)
 
 # %% [markdown]
-# Before and after, on a patient that the network has never seen, in a slice that goes through four shuffled cubes:
+# Here are the results before and after training, for a patient that the network has never seen, in
+# a slice through four shuffled cubes:
 
 # %%
-moved = (test_in["shuffle"] - target)[:, 0, :, (12, 36)].square().mean((1, 3))  # in two coronal slices of each patch
-one, y = divmod(int(moved.argmax()), 2)  # the patch, and which of the slices, where shuffling does most
-y = (12, 36)[y]
+# Of two coronal slices of each patch, show the one that shuffling changes the most.
+slices = (12, 36)
+change = (inputs["shuffle"] - target)[:, 0, :, slices].square().mean((1, 3))  # (8, 2)
+patch, y = divmod(int(change.argmax()), 2)
+y = slices[y]
 fig, axes = plt.subplots(3, 5, figsize=(9, 5.6), layout="constrained")
-for row, how in zip(axes, histories):
-    history = histories[how]
-    images = (target, test_in[how], history[0], history[20], history[STEPS])
-    for ax, image, title in zip(row, images, ("target", "input", "untrained", "20 steps", "100 steps")):
-        ax.imshow(image[one, 0, :, y].T, origin="lower", cmap="gray", vmin=0, vmax=1)
+for row, (how, out) in zip(axes, outputs.items()):
+    images = {"target": target, "input": inputs[how], "untrained": out[0]}
+    images |= {"20 steps": out[20], f"{STEPS} steps": out[STEPS]}
+    for ax, (title, image) in zip(row, images.items()):
+        ax.imshow(image[patch, 0, :, y].T, origin="lower", cmap="gray", vmin=0, vmax=1)
         ax.set_title(title if how == "none" else "", fontsize=10)
         ax.set(xticks=[], yticks=[])
-        for a, b in ((8, 8), (8, 32), (32, 8), (32, 32)):
-            if how == "shuffle":
-                ax.add_patch(plt.Rectangle((a - 0.5, b - 0.5), SIDE, SIDE, fill=False, ec=SHUFFLE, lw=1.2))
+        if how == "shuffle":
+            for corner in ((8, 8), (8, 32), (32, 8), (32, 32)):
+                lower_left = (corner[0] - 0.5, corner[1] - 0.5)
+                box = plt.Rectangle(lower_left, SIDE, SIDE, fill=False, ec=SHUFFLE, lw=1.2)
+                ax.add_patch(box)
     row[0].set_ylabel(how)
 plt.show()
 
 # %% [markdown]
-# The pattern of little squares comes from the up-sampling layers, and fades slowly. How good is it in numbers? For the shuffle, count
-# the voxels of the eight cubes only, and compare with easy answers: to leave the input as it is, to smooth it, to replace each
-# cube by its mean (shuffle).
+# The pattern of small squares comes from the transposed convolutions and fades slowly. How good is
+# the result in numbers? For the shuffle we count only the voxels of the eight cubes, and compare
+# with simple methods: leave the input as it is, smooth it, or replace each cube by its mean
+# (shuffle).
 
 
 # %%
@@ -337,55 +408,68 @@ def error(image, where=slice(None)):
 
 
 def smoothed(image, width):
-    return torch.from_numpy(np.stack([gaussian_filter(c[0].numpy(), width) for c in image]))[:, None]
+    filtered = [gaussian_filter(sample[0].numpy(), width) for sample in image]
+    return torch.from_numpy(np.stack(filtered))[:, None]
 
 
-easy = {  # the best of several widths
-    "noise": min(error(smoothed(test_in["noise"], w)) for w in (0.5, 0.75, 1, 1.5)),
-    "shuffle": min(error(smoothed(test_in["shuffle"], w), touched) for w in (1, 1.5, 2, 3, 4)),
+everywhere = slice(None)
+settings = {  # corruption: which voxels count, widths of the filter, color and marker
+    "noise": (everywhere, (0.5, 0.75, 1, 1.5), NOISE, "o-"),
+    "shuffle": (in_cubes, (1, 1.5, 2, 3, 4), SHUFFLE, "s-"),
 }
-print(f"shuffle: mean of the cube {error(cube_mean, touched):.3f}")
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-for ax, how, where, color in ((axes[0], "noise", slice(None), NOISE), (axes[1], "shuffle", touched, SHUFFLE)):
-    curve = {step: error(image, where) for step, image in histories[how].items() if step}
-    ax.plot(list(curve), list(curve.values()), "o-", color=color, label="network")
-    ax.axhline(error(test_in[how], where), color=CLEAN, lw=1, ls=":", label="input as it is")
-    ax.axhline(easy[how], color=CLEAN, lw=1, ls="--", label="best Gaussian filter")
-    ax.set(title=f"{how}: error on held-out patches", xlabel="training step", ylabel="mean squared error", ylim=(0, None))
+for ax, (how, (where, widths, color, style)) in zip(axes, settings.items()):
+    before = error(inputs[how], where)
+    filtered = min(error(smoothed(inputs[how], width), where) for width in widths)
+    curve = {step: error(image, where) for step, image in outputs[how].items() if step}
+    ax.plot(list(curve), list(curve.values()), style, color=color, label="network")
+    ax.axhline(before, color=CLEAN, lw=1, ls=":", label="input")
+    ax.axhline(filtered, color=CLEAN, lw=1, ls="--", label="best Gaussian filter")
+    ax.set(title=f"{how}: error on held-out patches", ylim=(0, None))
+    ax.set(xlabel="training step", ylabel="mean squared error")
     ax.legend()
-    print(f"{how:8} input {error(test_in[how], where):.3f}   best Gaussian filter {easy[how]:.3f}   network {curve[STEPS]:.3f}")
+    print(f"{how:8} input {before:.3f}   best Gaussian filter {filtered:.3f}", end="   ")
+    print(f"network {curve[STEPS]:.3f}")
+print(f"shuffle  mean of each cube {error(cube_mean, in_cubes):.3f}")
 plt.show()
 
 # %% [markdown]
-# From noise to a blurred body in 100 steps; and, to be honest about it, not yet better than the best of a few Gaussian filters. In the
-# cubes network and filter beat the cube's mean (0.048), because they let the surroundings flow in. What the shuffle really asks for, to
-# know what belongs in a place, is not learned from sixteen patients in 100 steps. The paper trains for 400 epochs.
+# In 100 steps the network gets from random values to a blurred body, but not below the error of the
+# best of a few Gaussian filters. In the cubes both the network and the filter beat the mean of the
+# cube, because they use the surroundings. What the shuffle really asks for, to know what belongs in
+# a place, cannot be learned from sixteen patients in 100 steps. The paper trains for 400 epochs.
 #
-# **Your turn.** What does a network that was trained on one corruption do with the other? Guess the table before you look: rows are
-# what a network was trained on, columns what it is given.
+# **Your turn.** What does a network that was trained on one corruption do with the other? Guess the
+# table before you look at it: a row is what a network was trained on, a column what it gets as
+# input.
 
 # %%
 table = np.zeros((3, 3))
 with torch.no_grad():
-    for i, how in enumerate(branches):
-        for j, given in enumerate(test_in):
-            table[i, j] = error(branches[how].decode(*branches[how].encode(test_in[given])), touched)
+    for i, branch in enumerate(branches.values()):
+        for j, image in enumerate(inputs.values()):
+            table[i, j] = error(branch.decode(*branch.encode(image)), in_cubes)
 
 fig, ax = plt.subplots(figsize=(5.5, 3), layout="constrained")
-ax.imshow(np.log(table), cmap="Oranges", aspect="auto", vmin=np.log(0.015), vmax=np.log(0.1))
+limits = dict(vmin=np.log(0.015), vmax=np.log(0.1))
+ax.imshow(np.log(table), cmap="Oranges", aspect="auto", **limits)
 for (i, j), value in np.ndenumerate(table):
     ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=12)
-ax.set(xticks=range(3), xticklabels=test_in, yticks=range(3), yticklabels=branches, xlabel="given", ylabel="trained on")
-ax.set_title("mean squared error inside the eight cubes", fontsize=11)
+ax.set(xticks=range(3), xticklabels=inputs, xlabel="input")
+ax.set(yticks=range(3), yticklabels=branches, ylabel="trained on")
+ax.set_title("mean squared error in the eight cubes", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# The rows are nearly the same: after so short a training each network is a blurring copier, and what it was trained on hardly shows,
-# least of all in the first column. That is the baseline against which a pretext task has to prove itself: the same network, trained as
-# long, *without* it, and the easy answers beside it.
+# The rows are nearly the same: after such a short training each network is a blurred copier, and
+# the corruption it was trained on hardly matters, least of all in the first column. A pretext task
+# has to be compared with exactly this baseline: the same network, trained for as long *without* the
+# corruption, and next to it the simple methods.
 #
-# **Your turn.** Set `STEPS = 1000` (ten minutes or so) and run the last cells again: does the row "shuffle" pull away in its column?
-# And with `CUBES = 1`, as in the paper, where only half a percent of the voxels are shuffled?
+# **Your turn.** Set `STEPS = 1000` (this takes ten minutes or so) and run the last cells again.
+# Does the row "shuffle" become better than the others in its column? And with `CUBES = 1`, as in
+# the paper, so that only half a percent of the voxels is shuffled?
 #
-# **Where to go on.** `corrupt_ct` is in [`data.py`](../data.py), the permutation with its proof in
-# [`kernels/voxel_shuffle.py`](../kernels/voxel_shuffle.py); `train.py` has `--corrupt`, `--cube`, `--cubes` and `--sigma`.
+# **Where to continue.** `corrupt_ct` is in [`patches.py`](../patches.py), the permutation and the
+# proof are in [`kernels/voxel_shuffle.py`](../kernels/voxel_shuffle.py); `train.py` has the options
+# `--corrupt`, `--cube`, `--cubes` and `--sigma`.

@@ -1,20 +1,23 @@
 # %% [markdown]
 # # 5. PET/CT: train a v3, then look at its errors
 #
-# This notebook trains Mirror U-Net v3 on whole bodies, in about a minute, and spends the rest of its time on what a mean Dice hides:
-# *which* lesions were missed, *what* was taken for a lesion, and what the classifier has to say. You need the paper's abstract; the
-# network itself is taken apart in the first notebook, and the loss in the second. No GPU is needed, and nothing is downloaded.
+# This notebook trains Mirror U-Net v3 on whole bodies, in a minute or two. The rest of it is about
+# what a mean Dice hides: *which* lesions were missed, *what* was taken for a lesion, and what the
+# classifier adds. You need the abstract of the paper; the first notebook takes the network apart,
+# and the second explains the loss. You need no GPU and no download.
 #
-# The patients are made up by `phantom.py`, so the numbers say nothing about real ones. The same cells work on your own studies: put the
-# path of a folder in AutoPET's layout (`PATIENT/STUDY/SUV.nii.gz`, with `CTres.nii.gz` and `SEG.nii.gz` beside it) into `ROOT`.
+# The patients are synthetic (`phantom.py`), so the numbers say nothing about real patients. The
+# same cells work with your own studies: set `ROOT` to a folder in AutoPET's layout, in which each
+# `PATIENT/STUDY/` has the files `SUV.nii.gz`, `CTres.nii.gz` and `SEG.nii.gz`.
 
 # %%
 import os
 from pathlib import Path
 
-if Path.cwd().name == "tutorials":  # where Jupyter starts; the code is one folder up
+if Path.cwd().name == "tutorials":  # Jupyter starts here; the code is one folder up
     os.chdir("..")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # lets two cores be shared with other programs; must come before torch
+# Let waiting threads sleep, so that other programs can use the cores. Set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import json
 import sys
@@ -27,73 +30,90 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-import data
+import figures
 import predict
 import train
-from metrics import lesion_metrics, patient_metrics
+from config import parse_config
+from evaluate import mean_of
+from metrics import case_metrics, patient_metrics, voxel_ml
+from patches import Augmentation, PatchDataset
 
 plt.rcParams["figure.dpi"] = 90
+# Colors of the Okabe-Ito palette, for color-blind readers, too.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
-ROOT = None  # None: synthetic patients. Or a folder in AutoPET's layout, for example "/data/FDG-PET-CT-Lesions"
-STEPS = 300  # about a minute on two cores; for results to be proud of, see the last section
+ROOT = None  # None: synthetic patients; or a folder, for example "/data/FDG-PET-CT-Lesions"
+STEPS = 300  # a minute or two on two cores; the last section says what good results need
 
 # %% [markdown]
 # ## The studies
 #
-# A run is described by one config. `parse_config` reads the options that `python train.py` takes, so whatever works here works there.
-# `load_cases` finds the studies, brings them to the network's grid once (a cache keeps that) and splits them by patient: two visits of
-# one patient never lie on both sides.
+# One config describes a run. `parse_config` reads the options of `python train.py`, so whatever
+# works there works here. `load_cases` finds the studies, resamples them to the network's grid
+# (once: the results are cached) and splits them by patient, so that two visits of one patient are
+# never on different sides of the split.
 
 # %%
-options = f"--model v3 --steps {STEPS} --batch 2 --lr 0.003 --validations 1 --cache cache/tutorials --overwrite".split()
+options = f"--model v3 --steps {STEPS} --batch 2 --lr 0.003 --validations 1 --overwrite"
+options = [*options.split(), "--cache", "cache/tutorials"]
 if ROOT is None:
     options += "--data phantom --phantoms 48 --out runs/tutorial-petct".split()
 else:
     options += ["--data", "petct", "--root", str(ROOT), "--out", "runs/tutorial-petct-own"]
-config = train.parse_config(options)
+config = parse_config(options)
 train_cases, held_out = train.load_cases(config)
 shown = held_out[:12]
 
-for name, cases in (("to train on", train_cases), ("held out", held_out)):
-    print(f"{name}: {len(cases)} studies of {len({c.patient for c in cases})} patients, {sum(c.tumor for c in cases)} with a tumor")
-print(f"voxels of {config.spacing} mm; patches of {config.patch}; network widths {config.channels}")
-
+for name, cases in (("training", train_cases), ("held out", held_out)):
+    patients, with_tumor = {c.patient for c in cases}, sum(c.tumor for c in cases)
+    print(f"{name}: {len(cases)} studies of {len(patients)} patients, {with_tumor} with tumor")
+print(f"voxels of {config.spacing} mm, patches of {config.patch}, widths {config.channels}")
 
 # %% [markdown]
-# PET is looked at as a **maximum-intensity projection**: each pixel is the highest value along the line of sight, here from front to
-# back. Everything that takes up sugar is dark; the tumors are outlined in green.
+# PET is shown as a **maximum-intensity projection**: each pixel is the highest value along the line
+# of sight, here from front to back. High uptake is dark; the tumors are outlined.
 
 
 # %%
+def spacing_of(case):
+    """The voxel size of a study on the network's grid, in mm."""
+    return nib.affines.voxel_sizes(case.affine)
+
+
 def projections(cases, columns=6):
-    """Each study's PET from the front, on axes to draw more on."""
+    """Show the PET of each study from the front; return the figure and the axes."""
     rows = -(-len(cases) // columns)
-    shape, mm = cases[0].array("label").shape, nib.affines.voxel_sizes(cases[0].affine)
-    tall = shape[2] * mm[2] / (shape[0] * mm[0])
-    fig, axes = plt.subplots(rows, columns, figsize=(9, rows * (8.4 / columns * tall + 0.5)), layout="constrained", squeeze=False)
+    shape, mm = cases[0].array("label").shape, spacing_of(cases[0])
+    height = shape[2] * mm[2] / (shape[0] * mm[0])  # in units of the width
+    size = (9, rows * (8.4 / columns * height + 0.5))
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.ravel():
         axis.axis("off")
     for axis, case in zip(axes.ravel(), cases):
-        mip, mm = case.array("image")[1].astype(np.float32).max(1), nib.affines.voxel_sizes(case.affine)
-        axis.imshow(mip.T, origin="lower", cmap="gray_r", vmin=0, vmax=np.percentile(mip, 99), aspect=mm[2] / mm[0])
+        mip, mm = case.array("image")[1].astype(np.float32).max(1), spacing_of(case)
+        style = dict(cmap="gray_r", vmin=0, vmax=np.percentile(mip, 99), aspect=mm[2] / mm[0])
+        axis.imshow(mip.T, origin="lower", **style)
     return fig, axes.ravel()
 
 
 fig, axes = projections(shown)
 for axis, case in zip(axes, shown):
     truth = case.array("label") > 0
-    axis.set_title(case.name.replace("PETCT_", "").replace("__", " ") + ("" if case.tumor else "\nhealthy"), fontsize=8)
+    title = case.name.replace("PETCT_", "").replace("__", " ")
+    axis.set_title(title + ("" if case.tumor else "\nno tumor"), fontsize=8)
     if truth.any():
-        axis.contour(truth.max(1).T, [0.5], colors="tab:green", linewidths=1.2)
+        axis.contour(truth.max(1).T, [0.5], colors=figures.TRUTH, linewidths=1.5)
 
 # %% [markdown]
-# No threshold on the uptake separates the two: brain, heart, kidneys and bladder are as dark as most tumors, and not every heart lights
-# up. What a network has to learn is *where* uptake is expected.
+# No threshold on the uptake separates tumor from normal tissue: brain, heart, kidneys and bladder
+# are as dark as most tumors, and the heart does not take up sugar in every patient. A network has
+# to learn *where* uptake is normal.
 #
-# ## Training, live
+# ## Training
 #
-# v3 has four tasks. The PET branch segments, the CT branch reconstructs a CT in which a cube of voxels was shuffled, a light decoder
-# at the bottleneck reconstructs PET, and a classifier reads the PET bottleneck: does this patch hold a tumor?
+# v3 has four tasks. The PET branch segments; the CT branch reconstructs a CT in which one cube of
+# voxels was shuffled; a light decoder at the bottleneck reconstructs PET; and a classifier at the
+# PET bottleneck decides whether the patch contains a tumor.
 #
 # $$ L = \lambda_\text{seg}\,(\text{Dice} + \text{CE}) + \lambda_\text{rec}\,\text{MSE}
 #    + \lambda_\text{cls}\,\text{BCE}, \qquad \lambda = (0.5,\ 10^{-3},\ 10^{-2}) $$
@@ -104,53 +124,64 @@ run = train.Run(config, train_cases, held_out)
 run.train()
 
 # %% [markdown]
-# The table is that of the held-out patients, on the grid of their own files. Where there is no true tumor, Dice is undefined, and any
-# predicted volume is a false positive. The last line is what no network at all would reach. And these were the parts of the loss on
-# the way, each before its $\lambda$:
+# The table shows the held-out patients, on the grid of their files. If there is no true tumor, Dice
+# is undefined and any predicted volume is a false positive. The last line is what a simple
+# threshold reaches, without any network. Here are the parts of the loss during training, each
+# before it is multiplied by its $\lambda$:
 
 # %%
-rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-rows = [row for row in rows if "loss" in row]
+lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+rows = [row for row in map(json.loads, lines) if "loss" in row]
 panels = {
     "segmentation": {"seg_dice": "1 - soft Dice", "seg_ce": "cross entropy"},
     "reconstruction": {"ct_l2": "CT, L2", "pet_l2": "PET, L2"},
     "classification": {"cls_bce": "BCE"},
 }
+width = max(1, len(rows) // 15)  # of a running mean
+steps = np.arange(width, len(rows) + 1)
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained")
 for axis, (title, parts) in zip(axes, panels.items()):
-    for color, (key, label) in zip(("C0", "C1"), parts.items()):
+    for (color, line), (key, label) in zip(((BLUE, "-"), (RED, "--")), parts.items()):
         values = np.array([row[key] for row in rows])
-        width = max(1, len(values) // 15)
-        axis.plot(values, lw=0.5, alpha=0.3, color=color)
-        axis.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"), color=color, label=label)
-    axis.set(title=title, xlabel="step", yscale="log" if title != "classification" else "linear")
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        axis.plot(np.arange(1, len(rows) + 1), values, lw=0.5, alpha=0.3, color=color)
+        axis.plot(steps, smooth, line, color=color, label=label)
+    axis.set(title=title, xlabel="step", ylabel="loss")
     if title == "classification":
-        axis.axhline(np.log(2), color="gray", ls=":", label="ln 2: a coin")
+        axis.axhline(np.log(2), color="gray", ls=":", label="ln 2: guessing")
         axis.set_ylim(0, 1.5)
+    else:
+        axis.set_yscale("log")
     axis.legend(fontsize=8)
+
 # %% [markdown]
-# Cross entropy falls first: most voxels are background, and saying so is quickly learned. Dice needs longer, as it counts the tumor's
-# voxels only. The reconstructions come down although their weight is a thousandth: the layers that they alone train get no other gradient,
-# and Adam's steps do not depend on a gradient's scale. The classifier's curve we come back to.
+# Cross entropy falls first: most voxels are background, which is learned quickly. Dice takes
+# longer, because it counts the tumor voxels only. The reconstructions improve although their weight
+# is a thousandth: the layers that serve only them get no other gradient, and the steps of Adam do
+# not depend on the scale of a gradient. A later section returns to the curve of the classifier.
 #
-# ## Two kinds of error, in millilitres
+# ## Two kinds of error, in milliliters
 #
-# A Dice of 0.6 can be one tumor with ragged borders, or one found and one missed. To a patient these differ. The AutoPET challenge counts
-# **connected components** (voxels that share a face or an edge):
+# A Dice of 0.6 can mean one tumor with inaccurate borders, or one that was found and one that was
+# missed. For a patient these are different. The AutoPET challenge counts **connected components**
+# (of voxels that share a face or an edge):
 #
-# * **FPV**, false-positive volume: predicted components that touch no true voxel. Lesions that are not there.
-# * **FNV**, false-negative volume: true components that touch no predicted voxel. Lesions that were missed.
+# * **FPV**, false-positive volume: predicted components that touch no true voxel, that is, lesions
+#   that do not exist.
+# * **FNV**, false-negative volume: true components that touch no predicted voxel, that is, lesions
+#   that were missed.
 #
-# **Your turn.** Write `attempt(mask, other)`: the components of `mask` that `other` does not touch, as a mask. You need
-# `ndimage.label(mask, structure)`, which numbers the components from 1; two or three lines will do. The answer is in the cell after, and
-# is checked against the library's FPV and FNV of each held-out study.
+# **Your turn.** Write `attempt(mask, other)`, which returns the components of `mask` that `other`
+# does not touch, as a mask. `ndimage.label(mask, FACE_OR_EDGE)` returns the components, numbered
+# from 1, and their count; two or three lines are enough. The next cell has a solution, which is
+# checked against the FPV and FNV of the library.
 
 # %%
 FACE_OR_EDGE = ndimage.generate_binary_structure(3, 2)
 
 
 def attempt(mask, other):
-    return np.zeros_like(mask)  # your lines here
+    raise NotImplementedError  # your turn
 
 
 # %%
@@ -166,216 +197,283 @@ for case in held_out:
 
 
 def masks_of(case, threshold=config.threshold):
+    """Prediction and truth on the network's grid, (D, H, W) each."""
     return probability[case.name] >= threshold, case.array("label") > 0
 
 
 def numbers_of(case, threshold=config.threshold):
-    return lesion_metrics(*masks_of(case, threshold), nib.affines.voxel_sizes(case.affine))
+    """Dice, FPV, FNV and volumes; NaN if undefined."""
+    return case_metrics(*masks_of(case, threshold), spacing_of(case))
 
 
-agrees = True
+def check(function):
+    """Compare with `untouched`, in a small example and in all held-out studies."""
+    mask, other = np.zeros((2, 3, 3, 9), bool)
+    mask[1, 1, [0, 1, 3, 6, 7]] = True  # three components
+    other[1, 1, [1, 8]] = True  # touches the first one only
+    pairs = [(mask, other)]
+    for case in held_out:
+        pred, truth = masks_of(case)
+        pairs += [(pred, truth), (truth, pred)]
+    try:
+        return all(np.array_equal(function(a, b), untouched(a, b)) for a, b in pairs)
+    except NotImplementedError:
+        return False
+
+
 for case in held_out:
     pred, truth = masks_of(case)
-    ml = np.prod(nib.affines.voxel_sizes(case.affine)) / 1000  # of a voxel
-    agrees &= np.array_equal(attempt(pred, truth), untouched(pred, truth))
-    assert np.isclose(untouched(pred, truth).sum() * ml, numbers_of(case)["fpv_ml"])
-    assert np.isclose(untouched(truth, pred).sum() * ml, numbers_of(case)["fnv_ml"])
-print(f"FPV and FNV of {len(held_out)} studies are the library's; your attempt", "agrees" if agrees else "is still to come")
+    ml, numbers = voxel_ml(spacing_of(case)), numbers_of(case)
+    assert np.isclose(untouched(pred, truth).sum() * ml, numbers["fpv_ml"])
+    if truth.any():
+        assert np.isclose(untouched(truth, pred).sum() * ml, numbers["fnv_ml"])
+print(f"the solution gives the library's FPV and FNV in {len(held_out)} studies")
+print("your attempt:", "right" if check(attempt) else "not yet")
 
 # %% [markdown]
 # ## Case by case
 #
-# Now the errors can be seen. Every component gets the colour of what it is: true tumors that were found are green (the prediction's
-# outline pink), predicted components without a true voxel orange, missed tumors blue.
+# Now we can look at the errors. Each component has a color and a symbol: true tumors that were
+# found (green, disc), predicted components without a true voxel (orange, cross), and missed tumors
+# (blue, triangle). The dashed line is the outline of the prediction of found tumors.
 
 # %%
-FOUND, FALSE, MISSED = "tab:green", "tab:orange", "tab:blue"
+KINDS = {"found": (GREEN, "o"), "false": (ORANGE, "X"), "missed": (BLUE, "v")}
 
 
-def fill(axis, mask, color):
-    """Paint a mask's projection."""
+def paint(axis, mask, kind):
+    """Fill the projection of a mask, and mark its components."""
+    color, marker = KINDS[kind]
     rgba = np.zeros((*mask.max(1).T.shape, 4))
     rgba[mask.max(1).T] = (*plt.matplotlib.colors.to_rgb(color), 0.75)
     axis.imshow(rgba, origin="lower", aspect=axis.get_aspect())
+    components, count = ndimage.label(mask, FACE_OR_EDGE)
+    centers = ndimage.center_of_mass(mask, components, range(1, count + 1))
+    for x, _, z in centers:
+        axis.plot(x, z, marker, color=color, mec="black", mew=0.7, ms=5)
 
 
 fig, axes = projections(shown)
 for axis, case in zip(axes, shown):
     pred, truth = masks_of(case)
-    fill(axis, truth & ~untouched(truth, pred), FOUND)
-    fill(axis, untouched(pred, truth), FALSE)
-    fill(axis, untouched(truth, pred), MISSED)
+    paint(axis, truth & ~untouched(truth, pred), "found")
+    paint(axis, untouched(pred, truth), "false")
+    paint(axis, untouched(truth, pred), "missed")
     hit = pred & ~untouched(pred, truth)
     if hit.any():
-        axis.contour(hit.max(1).T, [0.5], colors="#ff2d95", linewidths=0.9)
-    title = "Dice {dice:.2f}\nFPV {fpv_ml:.0f}  FNV {fnv_ml:.0f} ml" if truth.any() else "healthy\nFPV {fpv_ml:.0f} ml"
+        axis.contour(hit.max(1).T, [0.5], colors="black", linewidths=0.8, linestyles="--")
+    title = "no tumor\nFPV {fpv_ml:.0f} ml"
+    if truth.any():
+        title = "Dice {dice:.2f}\nFPV {fpv_ml:.0f}  FNV {fnv_ml:.0f} ml"
     axis.set_title(title.format(**numbers_of(case)), fontsize=8)
-marks = [plt.Line2D([], [], color=c, lw=5, label=n) for c, n in ((FOUND, "found"), (FALSE, "false"), (MISSED, "missed"))]
-marks.append(plt.Line2D([], [], color="#ff2d95", lw=1, label="predicted outline of what was found"))
-_ = fig.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=8)
+line = plt.Line2D([], [], color="black", lw=1, ls="--", label="prediction of a found tumor")
+marks = [
+    plt.Line2D([], [], color=color, marker=marker, lw=5, mec="black", label=kind)
+    for kind, (color, marker) in KINDS.items()
+]
+_ = fig.legend(handles=[*marks, line], loc="outside lower center", ncols=4, fontsize=8)
+
 # %% [markdown]
-# The orange repeats from patient to patient: nearly all of it lies in organs that take up sugar. In the run kept here these are bladder,
-# kidneys, brown fat at the shoulders and parts of some hearts; the brain, darkest of all, has been learned already but for a few specks.
-# An organ is as large as several lesions, so a few of them make an FPV of tens of millilitres. What touches a true voxel costs no FPV,
-# however far it leaks: that shows in Dice.
+# The false components are at similar places in all patients: nearly all of them are in organs that
+# take up sugar. In the run that is kept here these are the bladder, the kidneys, brown fat at the
+# shoulders and parts of some hearts. The network has already learned to leave out the brain, the
+# darkest organ, except for a few voxels. An organ is as large as several lesions, so a few of them
+# make an FPV of tens of milliliters. A component that touches a true voxel does not count as FPV,
+# however far it extends; its excess lowers the Dice.
 #
-# What did the network take for a tumor? The largest false component of all, and the largest missed lesion, in the slices that hold most
-# of them:
+# What did the network take for a tumor? Here are the largest false component and the largest missed
+# lesion, each in the slice that contains most of it:
 
 # %%
-worst = {}
+worst = {}  # kind: (case, mask of the component)
 for case in held_out:
     pred, truth = masks_of(case)
-    for kind, wrong in (("false", untouched(pred, truth)), ("missed", untouched(truth, pred))):
+    errors = {"false": untouched(pred, truth), "missed": untouched(truth, pred)}
+    for kind, wrong in errors.items():
         components, count = ndimage.label(wrong, FACE_OR_EDGE)
         if count:
-            sizes = np.bincount(components.ravel())[1:]
-            if kind not in worst or sizes.max() > worst[kind][2].sum():
-                worst[kind] = case, FALSE if kind == "false" else MISSED, components == 1 + sizes.argmax()
+            largest = components == 1 + np.bincount(components.ravel())[1:].argmax()
+            if kind not in worst or largest.sum() > worst[kind][1].sum():
+                worst[kind] = case, largest
 
 fig, axes = plt.subplots(2, 3, figsize=(9, 5.6), layout="constrained")
+for axis in axes.ravel():
+    axis.axis("off")
 for row, kind in zip(axes, ("false", "missed")):
-    for axis in row:
-        axis.axis("off")
     if kind not in worst:
-        row[0].set_title(f"nothing {kind}")
+        row[0].set_title(f"no {kind} component")
         continue
-    case, color, wrong = worst[kind]
+    case, wrong = worst[kind]
     z = int(wrong.sum((0, 1)).argmax())
-    (ct, pet), truth = case.array("image")[..., z].astype(np.float32), case.array("label")[..., z] > 0
-    pictures = ((ct, "gray", "CT"), (pet, "gray_r", "PET"), (probability[case.name][..., z], "magma", "probability"))
-    for axis, (image, cmap, name) in zip(row, pictures):
-        axis.imshow(image.T, origin="lower", cmap=cmap, vmin=0, vmax=max(image.max(), 1e-3) if name == "PET" else 1)
-        axis.contour(wrong[..., z].T, [0.5], colors=color, linewidths=1.5)
-        if (truth & ~wrong[..., z]).any():
-            axis.contour(truth.T, [0.5], colors=FOUND, linewidths=1)
-        axis.set_title(f"{name}: largest {kind} component" if name == "CT" else name, fontsize=9)
+    ct, pet = case.array("image")[..., z].astype(np.float32)
+    others = (case.array("label")[..., z] > 0) & ~wrong[..., z]
+    pictures = {
+        "CT": (ct, dict(cmap="gray", vmin=0, vmax=1)),
+        "PET": (pet, dict(cmap="gray_r", vmin=0, vmax=max(pet.max(), 1e-3))),
+        "probability": (probability[case.name][..., z], dict(cmap="magma", vmin=0, vmax=1)),
+    }
+    for axis, (name, (image, style)) in zip(row, pictures.items()):
+        axis.imshow(image.T, origin="lower", **style)
+        axis.contour(wrong[..., z].T, [0.5], colors=KINDS[kind][0], linewidths=1.5)
+        if others.any():
+            axis.contour(others.T, [0.5], colors=GREEN, linewidths=1, linestyles="--")
+        title = f"{name}: largest {kind} component" if name == "CT" else name
+        axis.set_title(title, fontsize=9)
 
 # %% [markdown]
-# Slices are seen from the feet, as radiologists do: the patient's left is on the right. In the run kept here the false one is a kidney,
-# whose hot middle looks like a lesion in PET, and the network is sure of it. The missed one is a small lesion beside the heart, about as
-# dark as the heart; its probability is near 0. CT could have helped with both, but v3's segmentation reads PET alone: what CT taught, it
-# taught the shared weights during training.
+# The slices are seen from the feet, as radiologists see them: the left side of the patient is on
+# the right. In the run that is kept here the false component is a kidney, whose bright center looks
+# like a lesion on PET, and the network is certain about it. The missed one is a small lesion next
+# to the heart and about as dark as the heart; its probability is close to 0. CT could have helped
+# with both, but the segmentation of v3 reads PET only: CT acted on the shared weights during
+# training.
 #
-# ## One error can be traded for the other
+# ## A trade-off between the errors
 #
-# The network gives probabilities; somebody has to choose the threshold from which a voxel is called tumor. Higher: fewer false lesions,
-# more missed.
+# The network gives probabilities, and somebody has to choose the threshold above which a voxel
+# counts as tumor. A higher threshold gives fewer false lesions and more missed ones.
 #
-# **Your turn.** Before you run the next cell, sketch the three curves over the threshold: mean Dice, mean FPV, mean FNV.
+# **Your turn.** Before you run the next cell, sketch three curves over the threshold: mean Dice,
+# mean FPV and mean FNV.
 
 # %%
 thresholds = np.array([0.02, 0.05, *np.arange(0.1, 0.95, 0.1), 0.95, 0.98])
-curves = {"dice": [], "fpv_ml": [], "fnv_ml": []}
-for t in thresholds:
-    numbers = [(case, numbers_of(case, t)) for case in held_out]
-    for key, values in curves.items():
-        values.append(np.mean([n[key] for case, n in numbers if key == "fpv_ml" or case.tumor]))
+titles = {"dice": "mean Dice", "fpv_ml": "mean FPV, ml", "fnv_ml": "mean FNV, ml"}
+curves = {key: [] for key in titles}
+for threshold in thresholds:
+    rows = [numbers_of(case, threshold) for case in held_out]
+    for key in curves:
+        curves[key].append(mean_of(rows, key))
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.5), layout="constrained")
-for axis, values, title in zip(axes, curves.values(), ("mean Dice", "mean FPV, ml", "mean FNV, ml")):
-    axis.plot(thresholds, values, "o-", ms=4)
+for axis, (key, title) in zip(axes, titles.items()):
+    axis.plot(thresholds, curves[key], "o-", ms=4, color=BLUE)
     axis.axvline(config.threshold, color="gray", ls=":")
     axis.set(title=title, xlabel="threshold", ylim=(0, None))
     axis.grid(alpha=0.3)
 
 # %% [markdown]
-# FPV falls. (It need not at every step: a component that touched a true voxel may break up, and its far piece then counts as false.) FNV
-# can only stay or rise, as fewer voxels are predicted. Where it is flat and not zero, a lesion is missed at every threshold: its
-# probability is low throughout, and only training can change that. Dice is flat in the middle. The dotted line is the preset's choice,
-# made on other runs; to choose it by these curves would be to choose on the held-out patients, and the numbers would be too good.
+# FPV falls. (It may rise at a single step: if a component that touched a true voxel breaks up, its
+# distant part becomes a false component.) FNV can only stay or rise, because fewer voxels are
+# predicted. Where FNV is flat and not zero, some lesion is missed at every threshold: its
+# probability is low everywhere, and only better training can change that. Dice is flat in the
+# middle. The dotted line is the threshold of the preset, which was chosen with other runs. Choosing
+# it by these curves would mean choosing it on the held-out patients, and the results would be
+# too optimistic.
 #
 # ## What does the classifier add?
 #
-# The classifier is trained on patches: does this one hold tumor? A patient's score is its highest answer over all windows of the body.
-# One would like to use it like this: *score low → the patient is healthy → whatever was segmented is false*. Is it good enough? **AUC** is
-# the chance that somebody ill scores above somebody healthy: 1 is perfect, 0.5 is a coin. Beside it, a score that needs no classifier at
-# all: the volume that was segmented.
+# The classifier is trained on patches: does this patch contain tumor? The score of a patient is the
+# highest answer among all windows of the body. The hope is this: *if the score is low, the patient
+# has no tumor, and every predicted component is false*. Is the score good enough? The **AUC** is
+# the probability that a patient with tumor has a higher score than a patient without: 1 is perfect,
+# 0.5 is guessing. For comparison we take a score that needs no classifier, the segmented volume.
 
 # %%
-ill = np.array([case.tumor for case in held_out])
+has_tumor = np.array([case.tumor for case in held_out])
 scores = np.array([score[case.name] for case in held_out])
-volume = np.array([masks_of(case)[0].sum() * np.prod(nib.affines.voxel_sizes(case.affine)) / 1000 for case in held_out])
-fpv = np.array([numbers_of(case)["fpv_ml"] for case in held_out])
+rows = [numbers_of(case) for case in held_out]
+volume = np.array([row["pred_ml"] for row in rows])
+fpv = np.array([row["fpv_ml"] for row in rows])
 
-# The question it was trained on: single patches, of patients it has not seen.
-patches = data.PatchDataset(held_out, config.patch, 96, seed=1, aug=data.Augmentation(flip=0.0), foreground_fraction=0.5)
-answers, holds = [], []
-run.mean_net.eval()
+# The question it was trained on: single patches, here of patients that it has not seen.
+aug = Augmentation(flip=0.0)
+dataset = PatchDataset(held_out, config.patch, 96, seed=1, aug=aug, foreground_fraction=0.5)
+answers, labels = [], []
+run.ema_model.eval()
 with torch.no_grad():
-    for patch in patches:
-        answers.append(run.mean_net.segment(patch["image"][None, 1:]).tumor.sigmoid().item())
-        holds.append(bool(patch["tumor"]))
-answers, holds = np.array(answers), np.array(holds)
+    for patch in dataset:
+        out = run.ema_model.segment(patch["image"][None, 1:])  # PET alone
+        answers.append(out.tumor.sigmoid().item())
+        labels.append(bool(patch["tumor"]))
+answers, labels = np.array(answers), np.array(labels)
 
-for what, auc in {
-    f"classifier, {len(holds)} patches ({holds.sum()} hold tumor)": patient_metrics(answers, holds)["auc"],
-    f"classifier, {len(ill)} studies ({ill.sum()} with tumor)": patient_metrics(scores, ill)["auc"],
-    "segmented volume, the same studies": patient_metrics(volume, ill)["auc"],
-}.items():
-    print(f"AUC {auc:.2f}  {what}")
+cohort = f"{len(has_tumor)} studies, {has_tumor.sum()} with tumor"
+results = {
+    f"classifier, {len(labels)} patches, {labels.sum()} with tumor": (answers, labels),
+    f"classifier, {cohort}": (scores, has_tumor),
+    f"segmented volume, {cohort}": (volume, has_tumor),
+}
+for name, (values, truth) in results.items():
+    print(f"AUC {patient_metrics(values, truth)['auc']:.2f}  {name}")
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-axes[0].hist([answers[holds], answers[~holds]], bins=np.linspace(0, 1, 21), label=["hold tumor", "hold none"], color=["C3", "C0"])
+bins = np.linspace(0, 1, 21)
+axes[0].hist(answers[~labels], bins=bins, color="#c9ced6", label="without tumor")
+axes[0].hist(answers[labels], bins=bins, histtype="step", color=RED, lw=2, label="with tumor")
 axes[0].set(title="patches", xlabel="classifier: probability of tumor", ylabel="number")
-axes[1].plot(scores[ill], fpv[ill], "o", color="C3", label="with a tumor")
-axes[1].plot(scores[~ill], fpv[~ill], "o", color="C0", label="healthy")
-axes[1].set(title="patients", xlabel="score: highest of the windows", ylabel="FPV, ml", xlim=(-0.02, 1.02))
+without = ~has_tumor
+axes[1].plot(scores[has_tumor], fpv[has_tumor], "o", color=RED, label="with tumor")
+axes[1].plot(scores[without], fpv[without], "s", mfc="none", color=BLUE, label="without tumor")
+axes[1].set(title="patients", xlabel="score: highest of the windows", ylabel="FPV, ml")
+axes[1].set_xlim(-0.02, 1.02)
 for axis in axes:
     axis.legend(fontsize=8, loc="upper left")
 
 # %% [markdown]
-# Not much, and the pictures say so more clearly than a number. All answers lie in one band: the classifier hardly tells a patch with
-# tumor from one without, its BCE stayed near a coin's, and at a threshold of one half it calls nearly every patient ill. On patches an
-# AUC above 0.5 means that the *order* holds some information. On patients not even that can be said: seven ill and five healthy make 35
-# pairs, their scores differ in the second decimal, and rounding decides. The same training gave an AUC of 0.83 on one thread and 0.23 on
-# two (`OMP_NUM_THREADS`), and 0.89 in the run kept here, which came later: they differ by nothing but the order of sums. The segmented
-# volume, which comes for free, did better each time.
+# It adds little, and the figures show this better than one number. All answers lie in one narrow
+# range: the classifier hardly separates patches with tumor from patches without, its BCE stayed
+# close to ln 2, and with a threshold of one half it calls every patient positive. An AUC above 0.5
+# on patches means that the *order* of the answers carries some information. For patients even that
+# is inconclusive: seven patients with tumor and five without make 35 pairs, their scores differ in
+# the second decimal, and rounding decides. With one thread instead of two (`OMP_NUM_THREADS=1`) the
+# same training gives an AUC of 0.66 instead of 0.89, and earlier versions of the code gave 0.23 and
+# 0.83, although only the order in which floating-point numbers are added differs. (So short a
+# training is sensitive in other ways, too: with one thread the mean FPV is 103 ml instead of 60
+# ml.) The segmented volume, which costs nothing extra, had the higher AUC each time.
 #
-# What is in the way: a few hundred patches were seen, the weight is $10^{-2}$, and a score is the *highest* of many windows, so that one
-# wrong window is enough. Longer runs on the phantom did not mend it: `results/README.md` keeps AUCs of 0.14 to 0.68.
+# Why? The network saw only a few hundred patches, the weight of the task is $10^{-2}$, and a score
+# is the *highest* of many windows, so that a single wrong window is enough. Longer runs on the
+# phantom do not solve the problem: `results/README.md` reports AUCs of 0.14 to 0.68.
 #
-# **Your turn.** The gate itself: empty the prediction of every study whose score lies below $s$. What happens to the mean FPV, and how
-# many patients lose a tumor that had been found? Draw both over $s$; the answer follows.
+# **Your turn.** Use the score as a gate: empty the prediction of every study whose score is below
+# $s$. What happens to the mean FPV, and how many patients lose a tumor that had been found? Draw
+# both over $s$; the answer follows.
 
 # %%
 gates = np.linspace(0, 1, 101)
-found = np.array([bool((masks_of(case)[0] & masks_of(case)[1]).any()) for case in held_out])
+found = np.array([(pred & truth).any() for pred, truth in map(masks_of, held_out)])
 left = [np.where(scores >= s, fpv, 0).mean() for s in gates]
 lost = [(found & (scores < s)).sum() for s in gates]
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 2.5), layout="constrained", sharex=True)
-axes[0].plot(gates, left)
-axes[0].set(title="mean FPV that is left, ml", xlabel="gate s", ylim=(0, None))
-axes[1].step(gates, lost, color="C3")
+axes[0].plot(gates, left, color=BLUE)
+axes[0].set(title="mean FPV that remains, ml", xlabel="gate s", ylim=(0, None))
+axes[1].step(gates, lost, color=RED)
 _ = axes[1].set(title=f"patients who lose a found tumor, of {found.sum()}", xlabel="gate s")
-free = max((fpv.mean() - f for f, n in zip(left, lost) if n == 0), default=0.0)
-print(f"mean FPV {fpv.mean():.1f} ml; the best gate that loses no patient takes away {free:.1f} ml of it")
+saved = [fpv.mean() - f for f, n in zip(left, lost) if n == 0]
+print(f"mean FPV {fpv.mean():.1f} ml; the best gate that loses no tumor", end=" ")
+print(f"removes {max(saved, default=0.0):.1f} ml of it")
 
 # %% [markdown]
-# The gate works where healthy patients score below ill ones. In the run kept here some do, by a hundredth, and the best gate takes away
-# 16 of 60 ml; in the run with the AUC of 0.23 it took away nothing. A gate that is chosen on the patients it is judged by, at the second
-# decimal of a score, is one to distrust. What the classifier's task gives to the *shared features* is another question, one that a
-# comparison of v2 with v3 over many runs would have to answer.
+# The gate works if patients without tumor have lower scores than patients with tumor. In the run
+# that is kept here some do, by a hundredth, and the best gate removes 16 of 60 ml; in the earlier
+# run with an AUC of 0.23 it removed nothing. Do not trust a gate that is chosen on the patients on
+# whom it is judged, and in the second decimal of a score. Whether the task of the classifier
+# improves the *shared features* is a different question: only a comparison of v2 with v3 over many
+# runs can answer it.
 #
 # ## Your own studies, and longer runs
 #
-# Set `ROOT` at the top and run all cells again. What changes: the preset (finer voxels, larger patches, more augmentation), and that the
-# studies are preprocessed first. What does not: every cell. If no study is healthy, AUC is undefined and prints as `nan`.
+# Set `ROOT` at the top and run all cells again. The preset changes (finer voxels, larger patches,
+# more augmentation), and the studies are preprocessed first. No cell changes. If no held-out study
+# is without tumor, the AUC is undefined and prints as `nan`.
 #
-# A run that deserves the name is the same program without the notebook:
+# Serious runs use the program instead of the notebook:
 #
 # ```
-# python train.py                                              # the phantom, about five minutes
-# python train.py --data petct --root ROOT --model v3          # your studies, 12 minutes of training
-# python train.py --preset autopet --root ROOT --model v3      # the paper's recipe, for a GPU
+# python train.py                                            # the phantom, about five minutes
+# python train.py --data petct --root ROOT --model v3        # your studies, 12 minutes of training
+# python train.py --preset autopet --root ROOT --model v3    # the paper's options, for a GPU
 # ```
 #
-# `results/README.md` has what those reach. The network trained above is a checkpoint like theirs:
+# `results/README.md` has the results of such runs. The network trained above is a checkpoint like
+# theirs:
 
 # %%
-case = next(c for c in held_out if c.tumor)
-pet = case.case.images[1]
-predict.main(["--checkpoint", str(run.folder / "best.pt"), "--pet", str(pet), "--out", str(run.folder / "SEG_pred.nii.gz")])
-mask = nib.load(run.folder / "SEG_pred.nii.gz")
-print(f"{pet.name} {nib.load(pet).shape} -> {mask.shape}, {np.asarray(mask.dataobj).sum()} voxels, on the input's own grid")
+case = next((c for c in held_out if c.tumor), held_out[0])
+pet, out = case.case.images[1], run.folder / "SEG_pred.nii.gz"
+predict.main(["--checkpoint", str(run.folder / "best.pt"), "--pet", str(pet), "--out", str(out)])
+mask = nib.load(out)
+print(f"{pet.name} {nib.load(pet).shape} -> {mask.shape},", end=" ")
+print(f"{np.asarray(mask.dataobj).sum()} voxels of tumor, on the grid of the input")

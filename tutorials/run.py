@@ -1,15 +1,19 @@
-"""Run the tutorials: each source, a percent script that reads as plain Python, becomes a notebook with its outputs beside it.
+"""Execute the tutorials: each source, a percent script in plain Python, becomes a notebook.
 
-    python tutorials/run.py                run all and write the .ipynb files
-    python tutorials/run.py 02 04          these only
-    python tutorials/run.py --check        run all, write nothing; fail if a cell errors or a notebook's cells are not its source's
+    python tutorials/run.py             run all and write the .ipynb files with their outputs
+    python tutorials/run.py 02 04       run these only
+    python tutorials/run.py --check     run all and write nothing; fail if a cell raises an error
+                                        or if the cells of a notebook differ from its source
 
-Cells run in this folder's parent, as `python train.py` does. A cell is given twenty minutes, for machines that are slow or busy.
+The cells run in the parent folder, as `python train.py` does. Each cell may take twenty minutes, so
+that slow or busy machines finish, too.
 """
 
 import argparse
+import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,65 +21,99 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
 
+# The debugger of the kernels checks its own files otherwise, and prints a warning.
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+
 
 def cells_of(notebook) -> list[tuple[str, str]]:
-    """What a reader sees of a notebook without its outputs: (kind, text) of each cell."""
+    """The cells of a notebook without their outputs: (type, text) of each."""
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 def run(source: Path):
-    """The notebook of a source, with the outputs of running it. Raises CellExecutionError where a cell fails."""
+    """Execute a source and return its notebook. Raises CellExecutionError if a cell fails."""
     notebook = jupytext.read(source)
     notebook.metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "language_info": {"name": "python"},
     }
-    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(HERE.parent)}}).execute()
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook,
+            timeout=1200,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(HERE.parent)}},
+            config=kernel_config(Path(folder)),
+        )
+        client.execute()
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # instead of a random name, so that a notebook changes only where its source or an output does
-        cell.metadata.pop("execution", None)  # when each cell ran
-        if cell.cell_type == "code":  # one text instead of the pieces in which it came
-            cell.outputs = _joined(cell.outputs)
+        cell.id = f"cell-{number}"  # jupytext draws random names, which would differ in each run
+        cell.metadata.pop("execution", None)  # the times at which the cell ran
+        if cell.cell_type == "code":
+            cell.outputs = merge_streams(cell.outputs)
     return notebook
 
 
-def _joined(outputs: list) -> list:
-    """Outputs with neighbouring pieces of one stream put together, and what a progress bar overwrote left out."""
-    joined: list = []
+def kernel_config(folder: Path) -> Config:
+    """Connect to kernels through sockets in `folder`, which other users cannot read.
+
+    The default is TCP without encryption, about which each kernel prints a warning. Windows has no
+    such sockets and keeps the default.
+    """
+    if os.name == "nt":
+        return Config()
+    connection = {"transport": "ipc", "connection_file": str(folder / "kernel.json")}
+    return Config({"KernelManager": connection})
+
+
+def merge_streams(outputs: list) -> list:
+    """Join consecutive pieces of one stream, and drop what a progress bar has overwritten."""
+    merged: list = []
     for out in outputs:
-        if out.output_type == "stream" and joined and joined[-1].get("name") == out.name:
-            joined[-1].text += out.text
+        if out.output_type == "stream" and merged and merged[-1].get("name") == out.name:
+            merged[-1].text += out.text
         else:
-            joined.append(out)
-    for out in joined:
+            merged.append(out)
+    for out in merged:
         if out.output_type == "stream":
-            out.text = re.sub(r"\n[^\n]*\x1b\[A", "", out.text)  # a bar below another one
-            out.text = "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in out.text.split("\n"))
-    return [out for out in joined if out.output_type != "stream" or out.text.strip()]
+            text = re.sub(r"\n[^\n]*\x1b\[A", "", out.text)  # a bar that is nested in another one
+            lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
+            if out.name == "stderr":  # a bar that has vanished leaves a line of spaces
+                lines = [line for line in lines if line.strip()] + [""]
+            out.text = "\n".join(lines)
+    return [out for out in merged if out.output_type != "stream" or out.text.strip()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("which", nargs="*", help="beginnings of names, such as 02; default all")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    add = parser.add_argument
+    add("which", nargs="*", help="first characters of names, such as 02; default: all")
+    add("--check", action="store_true", help="write nothing; compare the cells")
     args = parser.parse_args()
-    sources = [p for p in sorted(HERE.glob("[0-9]*.py")) if not args.which or p.name.startswith(tuple(args.which))]
-    if not sources:
-        sys.exit(f"no tutorial begins with {' or '.join(args.which)}; there are {[p.stem for p in sorted(HERE.glob('[0-9]*.py'))]}")
-    for source in sources:
+    sources = sorted(HERE.glob("[0-9]*.py"))
+    chosen = [p for p in sources if not args.which or p.name.startswith(tuple(args.which))]
+    if not chosen:
+        names = " ".join(p.stem for p in sources)
+        sys.exit(f"no tutorial begins with {' or '.join(args.which)}; choose from {names}")
+    for source in chosen:
         start, target = time.perf_counter(), source.with_suffix(".ipynb")
         try:
             notebook = run(source)
         except CellExecutionError as e:
-            sys.exit(f"{source.name}: a cell fails\n{e}")
-        print(f"{source.stem}: {len(notebook.cells)} cells in {time.perf_counter() - start:.0f} s", flush=True)
+            sys.exit(f"{source.name}: a cell failed\n{e}")
+        seconds = time.perf_counter() - start
+        print(f"{source.stem}: {len(notebook.cells)} cells in {seconds:.0f} s", flush=True)
         if not args.check:
             nbformat.write(notebook, target)
-        elif not target.exists() or cells_of(nbformat.read(target, as_version=4)) != cells_of(notebook):
-            sys.exit(f"{target.name}: its cells are not those of {source.name}; run `make tutorials` and commit both")
+        elif not target.exists() or cells_of(nbformat.read(target, 4)) != cells_of(notebook):
+            sys.exit(
+                f"{target.name}: its cells differ from {source.name}; "
+                "run `make tutorials` and commit both"
+            )
 
 
 if __name__ == "__main__":
