@@ -92,7 +92,8 @@ def kill_while_training(process: subprocess.Popen, folder: Path, delay: float) -
     process.kill()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 10])
 def test_a_run_killed_at_random_moments_logs_the_same_bits(studies, tmp_path, kills):
     """SIGKILL may come at start-up, within a step, or in the middle of a checkpoint."""
     _, args = studies
@@ -189,6 +190,7 @@ def limited(size: int):
     return limit
 
 
+@pytest.mark.slow
 def test_a_full_disk_gives_a_clear_message_and_costs_no_checkpoint(studies, tmp_path):
     _, args = studies
     out = tmp_path / "r"
@@ -260,10 +262,10 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
 
 
 # -------------------------------------------------------------------------------- several processes
-SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("v4", "valindria", "nnunet")]
 
 
-@pytest.mark.parametrize("model", ["v2", "v3", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v2", "v3", "v4", "valindria", "nnunet"])
 def test_two_processes_equal_one_with_the_doubled_batch(studies, tmp_path, model):
     """Losses agree within 1e-5 at every step; v3's classifier has a batch norm and a dropout."""
     _, args = studies
@@ -515,7 +517,7 @@ def test_resuming_refuses_another_model(studies, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     capsys.readouterr()
     message = error_of(train.main, ["--resume", "--out", folder, "--model", "v2"], capsys)
-    assert "of a run with --model v1, not v2; leave that option out" in message
+    assert "of a run with --model v1, not --model v2; give another --out" in message
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 

@@ -15,18 +15,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = "mirror_unet losses data patches config train predict evaluate metrics".split()
-PER = (
-    "modality case voxel class step sample channel element instance patient system fold run row launch window study "
-    "tile target level cube cell branch epoch thread core process decoder encoder task measure axis lesion GPU version"
+PER = (  # nouns that take "per"
+    "modality case voxel class step sample channel element instance patient system fold run row "
+    "launch window study tile target level cube cell branch epoch thread core process decoder "
+    "encoder task measure axis lesion GPU version"
 )
-COUNTED = (
-    "one two three four five six eight ten dozen rows? lines? bytes? bits? patches launches? steps numbers? values? weights "
-    "channels logits programs? processes studies minutes seconds hours runs? maps? Dice FPV FNV masks? cubes cycles prompts? "
-    "sums? means? slopes? columns? tables? cases decoders? encoders? U-Nets? seeds? segmentations? permutation gradient loss "
-    "score task kernel stride"
+COUNTED = (  # what there is one of, per noun
+    "one two three four five six eight ten dozen rows? lines? bytes? bits? patches launches? steps "
+    "numbers? values? weights channels logits programs? processes studies minutes seconds hours "
+    "runs? maps? Dice FPV FNV masks? cubes cycles prompts? sums? means? slopes? columns? tables? "
+    "cases decoders? encoders? U-Nets? seeds? segmentations? permutation gradient loss score task "
+    "kernel stride"
 )
-PHRASES = {
-    r"(?<!as )(?<!is )\b(?:{}|\d+) an? (?:{})\b".format("|".join(COUNTED.split()), "|".join(PER.split())): "say per",
+WHERE = (
+    r"\bwhere (?:there (?:is|are) (?:no|none|one|not)|it cannot|it can't|that is cheap)\b"
+)
+PHRASES = {  # idiom: what to write instead
+    rf"(?<!as )(?<!is )\b(?:{'|'.join(COUNTED.split())}|\d+) an? (?:{'|'.join(PER.split())})\b":
+        "say per",
     r"\bof (?:its|their|his) own\b": "its own, a separate",
     r"\banew\b": "again, from scratch",
     r"\bbesides?\b": "next to, in addition to",
@@ -38,17 +44,18 @@ PHRASES = {
     r"\bhealthy\b": "without tumor, negative",
     r"can[’']t be told|cannot be told": "inconclusive",
     r"\bwhole or not\b|\bin a sentence\b": "atomic; a clear message",
-    r"\bwhere (?:there (?:is|are) (?:no|none|one|not)|it cannot|it can't|that is cheap)\b": "if, when",
+    WHERE: "if, when",
     r"[Tt]umour(?!$)": "tumor",
 }
 # Names of data sets and of options of older versions.
-NAMES_OF_DATA = re.compile(r"brain_tumour|BrainTumour|was=\"\w+\"|--(no-)?healthy")
+NAMES = re.compile(r"brain_tumour|BrainTumour|was=\"\w+\"|--(no-)?healthy")
 
 
 def tracked(*patterns: str) -> list[Path]:
     """The repository's files of these patterns."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run([*command, *patterns], capture_output=True, text=True, check=True).stdout
+    command += patterns
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [ROOT / name for name in listed.split("\n") if name and (ROOT / name).exists()]
 
 
@@ -56,7 +63,7 @@ def idioms(text: str) -> list[str]:
     """Idioms of the table above, one line of report per place."""
     found = []
     for number, line in enumerate(text.split("\n"), start=1):
-        line = NAMES_OF_DATA.sub("", line)
+        line = NAMES.sub("", line)
         for pattern, better in PHRASES.items():
             for match in re.finditer(pattern, line):
                 found.append(f"{number}: {match[0]!r}: {better}")
@@ -89,8 +96,9 @@ def test_plain_english(path):
 
 def test_lines_are_short():
     code = [*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py")]
-    long = {f"{p.name}:{i}" for p in code for i, s in enumerate(p.read_text().split("\n"), 1) if len(s) > 100}
-    assert not long
+    for path in code:
+        lines = path.read_text().split("\n")
+        assert not [f"{path.name}:{i}" for i, s in enumerate(lines, 1) if len(s) > 100]
     lines = [line for p in code for line in code_lines(p)]
     assert sum(map(len, lines)) / len(lines) <= 54
 
@@ -104,9 +112,11 @@ def test_the_core_stays_small():
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:] or TEXTS):
         text = path.read_text()
-        long = [f"{i}: {len(s)} characters" for i, s in enumerate(text.split("\n"), 1) if len(s) > 100]
+        lines = enumerate(text.split("\n"), 1)
+        long = [f"{i}: {len(s)} characters" for i, s in lines if len(s) > 100]
         code = code_lines(path) if path.suffix == ".py" else []
         mean = sum(map(len, code)) / max(1, len(code))
-        print(f"{path}: {len(text.splitlines())} lines, mean code line {mean:.1f}, {len(long)} over 100 characters")
+        size = f"{len(text.splitlines())} lines, mean code line {mean:.1f}"
+        print(f"{path}: {size}, {len(long)} over 100 characters")
         for line in idioms(text) + (long if path.suffix == ".py" else []):
             print(f"   {line}")
