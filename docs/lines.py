@@ -34,6 +34,7 @@ CORE = {
 SUPPORT = {
     "files.py": "images read with care, atomic writes, clear errors",
     "parallel.py": "several processes that equal one with the joined batch",
+    "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",
 }
 STUDY = {
     "baselines.py": "every other network of the paper's comparison, and `joint`",
