@@ -6,9 +6,9 @@ map. Mirror U-Net does the opposite, *fission*: each modality keeps its own U-Ne
 gets its own task, and at a few levels, by default the bottleneck, both nets use the same weights.
 
     CT  --> 1 2 3 4 --> 5 --> 6 7 8 9 ---> v1-v3: reconstruct CT        v4: segment the tumor
-                        |+----+
-           same weights |     +----------> v2, v3: reconstruct PET from both (light decoder)
-                        |+----+
+                        |+--- both
+           same weights |      +---------> v2, v3: reconstruct PET (light decoder)
+                        |+--- both
     PET --> 1 2 3 4 --> 5 --> 6 7 8 9 ---> all: segment the tumor
                          +---------------> v3: has this patient a tumor? (classifier)
 
@@ -24,9 +24,10 @@ gets its own task, and at a few levels, by default the bottleneck, both nets use
 
 What is shared is *weights*, not features: the PET branch reads the PET image alone. So in v1-v3 the
 segmentation and the classifier do not depend on the CT input. CT acts in training only, through its
-gradients on shared weights (and in v2, v3 on the light decoder); at test time v1-v3 are PET
-networks, and `segment` runs only that half. v4's fused logits depend on both images, and so does
-the PET reconstruction, since the light decoder reads both bottlenecks.
+gradients on shared weights (and, with batch norm, through the running statistics there); at test
+time v1-v3 are PET networks, and `segment` runs only that half. v4's fused logits depend on both
+images, and so does the PET reconstruction, since the light decoder reads both bottlenecks. In brain
+MR, core depends on T2w alone, edema on FLAIR alone, and the whole tumor on both.
 
 Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, Classifier, MirrorUNet. `from_official`,
 at the end, loads the authors' weights. We differ from their release in two ways: instance norm by
@@ -46,8 +47,9 @@ from torch import Tensor, nn
 import kernels
 from kernels.recompute import convolve, is_recomputable, recomputable
 
-# `recomputable(f, x)` is f(x). In training, a `convolve` that follows does not keep this input for
-# its backward pass, but computes f(x) again: a v3 step then keeps two fifths less.
+# `recomputable(f, x)` is f(x), marked so that a `convolve` that reads it computes it again in its
+# backward pass instead of keeping it. Outputs of convolutions are kept; outputs of norms and
+# concatenations are made again from them. A training step of v3 then keeps two fifths less.
 
 # What each version learns, by the names of its outputs; the loss has a term for each. "seg",
 # "core", "whole" and "edema" are segmented, "ct" and "pet" are reconstructed, "tumor" is the class.
@@ -70,7 +72,7 @@ class MirrorOutput(NamedTuple):
 
     seg: Tensor  # (B, 2, D, H, W) logits: background, tumor
     ct: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: (B, 2, D, H, W) CT branch logits
-    pet: Tensor | None = None  # likewise for PET
+    pet: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: the PET branch's logits
     tumor: Tensor | None = None  # (B,) logit of "there is a tumor"
 
 
@@ -105,9 +107,9 @@ class ConvUnit(nn.Module):
         if isinstance(self.norm, nn.BatchNorm3d):
             x = F.prelu(self.norm(x), self.slope.to(x.dtype))  # in half precision under autocast
             return x if residual is None else x + residual
-        if residual is None or is_recomputable(residual):
+        if residual is None or is_recomputable(residual):  # no or an identity shortcut
             return recomputable(self.norm_act, x, residual)
-        return self.norm_act(x, residual)  # recomputing this would mean keeping the residual
+        return self.norm_act(x, residual)  # else the residual would be kept instead
 
     def norm_act(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Instance norm, affine, PReLU and the residual sum, fused in one operation."""
@@ -221,8 +223,8 @@ class Classifier(nn.Module):
 
     Average pooling to 6^3 makes it take any patch size; for the paper's 96^3 the bottleneck is 6^3
     and the pooling is the identity. It has batch norm whatever the others have: instance norm of a
-    single map would erase how strongly the map responds, which is the answer (as batch norm does in
-    training with a batch of one).
+    single map would erase how strongly the map responds, which is the answer. (So does batch norm
+    in training with a batch of one.)
     """
 
     def __init__(self, in_channels: int):
@@ -411,7 +413,7 @@ def from_official(state_dict, preset=None, ct_weight=0.1) -> tuple[MirrorUNet, d
     given = set(state) - {"learnable_th"}
     shares = [share for n in range(6) for share in combinations((3, 4, 5, 6, 7), n)]
     fits, closest = {}, sorted(given)
-    for share, finest_first in product(shares, (True, False)):
+    for share, finest_first in product(shares, (True, False)):  # exactly one share set must fit
         first = [f"ct.levels.{n}.units.0.conv.weight" for n in range(5)]
         first = [_official_name(name, share, finest_first) for name in first]
         if not set(first) <= given:
