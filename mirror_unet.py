@@ -6,9 +6,9 @@ map. Mirror U-Net does the opposite, *fission*: each modality keeps its own U-Ne
 gets its own task, and at a few levels, by default the bottleneck, both nets use the same weights.
 
     CT  --> 1 2 3 4 --> 5 --> 6 7 8 9 ---> v1-v3: reconstruct CT        v4: segment the tumor
-                        |+--- both
-           same weights |      +---------> v2, v3: reconstruct PET (light decoder)
-                        |+--- both
+                        :\
+           same weights : >--------------> v2, v3: reconstruct PET from both (light decoder)
+                        :/
     PET --> 1 2 3 4 --> 5 --> 6 7 8 9 ---> all: segment the tumor
                          +---------------> v3: has this patient a tumor? (classifier)
 
