@@ -66,7 +66,7 @@ class Config:
     )
     ct_window: tuple[float, ...] = option((-100.0, 250.0), "HU that become 0 and 1", count=2)
     suv_window: tuple[float, ...] = option((0.0, 15.0), "SUV that become 0 and 1", count=2)
-    negatives: bool = option(True, "keep patients without tumor", was="healthy")
+    negatives: bool = option(True, "keep studies without tumor", was="healthy")
     splits: str = option("", "JSON file of folds in nnU-Net's format; default: folds by patient")
     folds: int = number(5, 2, 1000, "number of folds if there is no --splits")
     fold: int = number(0, 0, 1000, "the fold that is held out")
@@ -101,7 +101,7 @@ class Config:
     norm: str = choice("instance batch", "nnunet, blackbean and segresnet have their own")
     ct_weight: str = option("0.1", "v4: weight of the CT logits, a number or 'learnable'")
     # self-supervision and loss
-    corrupt: str = choice("- none noise shuffle", "of the CT to be reconstructed; default: shuffle")
+    corrupt: str = choice("- none noise shuffle", "of the CT; default: shuffle if it is rebuilt")
     cube: int = number(16, 1, 1024, "side of a shuffled cube, voxels")
     cubes: int = number(1, 1, 10_000, "shuffled cubes per patch")
     sigma: float = number(0.3, 0, 1e6, "standard deviation of the noise, in CT windows")
@@ -396,7 +396,7 @@ def build_parser(description: str) -> Parser:
             choices = [c for c in f.metadata["choices"] or () if c != ""]
             metavar = "{" + ",".join(choices) + "}" if choices else kinds[typing.cast(type, f.type)]
             more |= dict(type=f.type, metavar=metavar)
-        text = f"{f.metadata['help']} ({defaults_of(f)})".replace("%", "%%")
+        text = (f.metadata["help"] + defaults_of(f)).replace("%", "%%")
         group.add_argument(f"--{f.name.replace('_', '-')}", help=text, **more)
         if f.metadata["was"]:  # the older name keeps working
             old = f"--{f.metadata['was'].replace('_', '-')}"
@@ -405,11 +405,11 @@ def build_parser(description: str) -> Parser:
 
 
 def defaults_of(f: dataclasses.Field) -> str:
-    """A field's value in each of the laptop presets, for the help."""
+    """A field's value in each of the laptop presets, in parentheses, for the help."""
     values = {name: PRESETS[name].get(f.name, f.default) for name in ("phantom", "petct", "brain")}
     if f.name == "data" or len(set(map(str, values.values()))) == 1:
-        return show(values["phantom"]) or "none"
-    return ", ".join(f"{name} {show(value)}" for name, value in values.items())
+        return f" ({show(values['phantom'])})" if values["phantom"] != "" else ""
+    return f" ({', '.join(f'{name} {show(value)}' for name, value in values.items())})"
 
 
 def parse_config(argv: list[str], description: str = "") -> Config:

@@ -266,7 +266,7 @@ def test_help_shows_the_values_of_the_laptop_presets():
     assert helps["lr"].endswith("(phantom 0.002, petct 0.001, brain 0.001)")
     assert helps["steps"].endswith("(phantom 700, petct 100000, brain 100000)")
     assert helps["fold"].endswith("(0)")
-    assert helps["root"].endswith("(none)")
+    assert helps["root"].endswith("the phantoms need none")  # no default to show
 
 
 def test_older_names_of_options_still_work(capsys):
