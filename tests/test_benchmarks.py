@@ -307,6 +307,7 @@ for index in (0, 1):
 """
 
 
+@pytest.mark.slow
 def test_the_budget_accepts_wide_accesses_and_rejects_narrow_ones(tmp_path):
     (tmp_path / "copy_kernel.py").write_text(COPY)
     done = python("-c", CHECK, str(tmp_path))
@@ -318,6 +319,7 @@ def test_the_budget_accepts_wide_accesses_and_rejects_narrow_ones(tmp_path):
 OPS = ("dice_ce", "norm_act+residual", "voxel_shuffle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", [1, pytest.param(2, marks=slow)])
 def test_times_of_kernels_are_appended_to_the_table(tmp_path, repeats):
     out = tmp_path / "results" / "kernels.csv"

@@ -57,6 +57,7 @@ def test_the_package_works_from_another_folder_and_takes_no_bare_names(tmp_path)
     assert "bare names: []" in run_example(tmp_path / "site", tmp_path)
 
 
+@pytest.mark.slow
 def test_programs_run_as_modules(tmp_path):
     write_package(tmp_path / PACKAGE)
     for program in ("train", "predict", "replicate"):

@@ -268,6 +268,7 @@ def test_a_failed_run_is_named_and_stops_no_other(fake):
     assert fake() == ["v2 0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_lets_the_runs_save_and_says_how_to_resume(fake, number, monkeypatch):
     Path("slow").touch()
@@ -366,6 +367,7 @@ def wait_for(condition, seconds: float) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_no_run_outlives_a_killed_parent(tmp_path):
     for name, text in (("parent.py", PARENT), ("child.py", CHILD)):
         (tmp_path / name).write_text(textwrap.dedent(text))

@@ -129,6 +129,7 @@ def test_a_run_killed_at_random_moments_logs_the_same_bits(studies, tmp_path, ki
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(studies, tmp_path):
     _, args = studies
     folder = tmp_path / "r"
@@ -144,6 +145,7 @@ def test_a_finished_run_says_so_and_changes_nothing(studies, tmp_path):
     assert [r["step"] for r in log_of(folder) if "loss" in r] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_says_how_to_continue(studies, tmp_path):
     _, args = studies
     folder = tmp_path / "r"
@@ -531,6 +533,7 @@ def test_a_patch_larger_than_the_volume_is_padded(studies, tmp_path):
     assert (out / "best.pt").exists()
 
 
+@pytest.mark.slow
 def test_an_error_in_a_preprocessing_process_gives_the_same_message(studies, tmp_path):
     root, args = studies
     shutil.copytree(root / "petct", tmp_path / "in")
@@ -545,6 +548,7 @@ def test_an_error_in_a_preprocessing_process_gives_the_same_message(studies, tmp
     assert len(data.find_petct(tmp_path / "in")) == 6
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_the_pipe_causes_no_traceback():
     """As in `replicate.py --list | head`."""
     reader, writer = os.pipe()
