@@ -31,11 +31,12 @@ from nibabel.processing import resample_from_to
 from torch import Tensor
 from tqdm import tqdm
 
+import data
 import figures
 from config import FIELDS, Config, Parser, check_value, use_kernels
-from data import Case, find_brain, find_petct, label_to_grid, load_images
+from data import Case, label_to_grid, load_images
 from evaluate import evaluate_case, print_table, read_truth, write_table
-from files import CannotWrite, UserError, atomic_write, read_header, run_program, same_grid
+from files import CannotWrite, UserError, atomic_write, read_header, run_program
 from mirror_unet import BrainOutput
 
 
@@ -278,15 +279,12 @@ def predict_study(
     models = [(model, dataclasses.replace(c, **(options or {}))) for model, c in models]
     c = models[0][1]
     like = read_header(case.images[-1])
-    if c.task == "petct" and case.images[0]:
-        same_grid(read_header(case.images[0]), like, *case.images)
     need_ct = [d.model for model, d in models if "ct" in reads(model)]
     if need_ct and None in case.images:
         problem = f"{case.name}: {need_ct[0]} needs CT and PET, and the CT is missing"
         raise UserError(f"{problem}; v1, v2, v3 and pet segment from PET alone")
-    if not need_ct:
-        case = dataclasses.replace(case, images=(None, case.images[-1]))
-    image, affine, box = load_images(case, c.preprocessing)
+    used = case if need_ct else dataclasses.replace(case, images=(None, case.images[-1]))
+    image, affine, box = load_images(used, c.preprocessing)
     x = torch.from_numpy(image).to(device)
     prob, scores = torch.zeros((), device=device), []
     for model, d in models:
@@ -385,14 +383,15 @@ def check_files(a: argparse.Namespace) -> None:
         raise UserError(f"--out {a.out}: an input, which is never overwritten; choose another name")
 
 
-def find_cases(a: argparse.Namespace, task: str) -> list[tuple[Case, Path]]:
+def find_cases(a: argparse.Namespace, c: Config) -> list[tuple[Case, Path]]:
     """The studies to predict, and the mask to write of each. Raises UserError."""
     if a.root:
-        cases = find_brain(a.root) if task == "brain" else find_petct(a.root, complete=False)
+        cases, line = data.find_cases(a.root, c.task, False, label_values=c.label_codes)
+        print(line)
         return [(case, a.out / f"{case.name}.nii.gz") for case in cases]
-    if bool(a.pet) != (task == "petct"):
-        fit = "--pet" if task == "petct" else "--image, or --t2w and --flair,"
-        raise UserError(f"this checkpoint is of {task}: give {fit} or --root")
+    if bool(a.pet) != (c.task == "petct"):
+        fit = "--pet" if c.task == "petct" else "--image, or --t2w and --flair,"
+        raise UserError(f"this checkpoint is of {c.task}: give {fit} or --root")
     if a.image:
         images, channels = (a.image,), (3, 0)
     else:
@@ -412,7 +411,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
     names = ("threshold", "flips", "overlap", "batch")
     options = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
-    cases = find_cases(a, c.task)
+    cases = find_cases(a, c)
     rows, tiles, failed = [], [], []
     for case, out in cases:
         try:

@@ -56,15 +56,17 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: no resampling
     else:
         root = Path(c.root)
-        if not root.is_dir():
-            raise UserError(f"--root {root}: no such folder")
-    found = data.find_petct(root) if c.task == "petct" else data.find_brain(root)
+    found, line = data.find_cases(root, c.task, True, c.patient_regex, c.label_codes)
+    say(line)
     cases = data.build_cache(found, c.preprocessing, c.cache)
+    say(f"{line}, {sum(not case.tumor for case in cases):,} without tumor")
     if len(cases) == 1:
         say("only one study: the run trains and validates on it; the table says nothing of others")
         return cases, cases
-    if c.splits:
-        splits = data.read_splits(c.splits, cases)
+    own = c.splits or data.find_splits(root)
+    if own:
+        say(f"folds of {own}")
+        splits = data.read_splits(own, cases)
     else:
         splits = data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
     if not 0 <= c.fold < len(splits):
