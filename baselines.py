@@ -34,10 +34,11 @@ from evaluate import evaluate_case, read_truth
 from files import read_nifti
 from losses import SEGMENTATIONS, MirrorLoss
 from mirror_unet import (
+    CLASSIFIERS,
+    NORMS,
     TASKS,
     BrainOutput,
     Branch,
-    Classifier,
     ConvUnit,
     LightDecoder,
     MirrorOutput,
@@ -295,7 +296,9 @@ class Joint(Baseline):
             those of CT.
     """
 
-    def __init__(self, channels, norm, tasks="v1", skips="pet"):
+    classify = MirrorUNet.classify
+
+    def __init__(self, channels, norm, tasks="v1", skips="pet", classifier="cells"):
         super().__init__()
         self.tasks = tasks_of("joint", "petct", tasks)
         self.norm, self.skips = norm, skips
@@ -308,8 +311,7 @@ class Joint(Baseline):
             self.ct_decoder = Decoder(1, channels, norm, in_channels=c5)
         if "pet" in self.tasks:
             self.bottleneck_decoder = LightDecoder(1, channels, norm, in_channels=c5)
-        if "tumor" in self.tasks:
-            self.classifier = Classifier(c5)
+        self.classifier = CLASSIFIERS[classifier](c5) if "tumor" in self.tasks else None
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(B, 2, D, H, W) -> bottleneck (B, c5, D/16, ...), CT's skips, the segmentation's."""
@@ -323,16 +325,14 @@ class Joint(Baseline):
         seg = self.pet_decoder(bottleneck, skips)
         ct = self.ct_decoder(bottleneck, ct_skips) if "ct" in self.tasks else None
         pet = self.bottleneck_decoder(bottleneck) if "pet" in self.tasks else None
-        return MirrorOutput(seg, ct, pet, self.classify(bottleneck))
-
-    def classify(self, bottleneck: Tensor) -> Tensor | None:
-        """(B, c5, d, h, w) -> logit (B,); None without that task."""
-        return self.classifier(bottleneck) if "tumor" in self.tasks else None
+        tumor, cells = self.classify(bottleneck, seg)
+        return MirrorOutput(seg, ct, pet, tumor, cells)
 
     def segment(self, x: Tensor) -> MirrorOutput:
         bottleneck, _, skips = self.encode(x)
-        tumor = self.classify(bottleneck)
-        return MirrorOutput(seg=self.pet_decoder(bottleneck, skips), tumor=tumor)
+        seg = self.pet_decoder(bottleneck, skips)
+        tumor, cells = self.classify(bottleneck, seg)
+        return MirrorOutput(seg=seg, tumor=tumor, cells=cells)
 
 
 class BrainRec(MirrorUNet):
@@ -585,18 +585,19 @@ def tasks_of(name: str, preset: str = "petct", tasks: str = "v1") -> tuple[str, 
 
 def build(
     name, preset="petct", channels=(16, 32, 64, 128, 256), norm="instance", share=(5,),
-    tasks="v1", skips="pet", patch=(96, 96, 96), spacing=(2.0, 2.0, 3.0),
+    tasks="v1", skips="pet", patch=(96, 96, 96), spacing=(2.0, 2.0, 3.0), classifier="",
 ) -> nn.Module:
     """The baseline of this name, freshly initialized. Raises ValueError for options it lacks.
 
-    norm is for the networks made of mirror_unet's blocks, share for v2-rec, tasks and skips for
-    joint; nnunet is planned for patch (voxels) and spacing (mm).
+    norm is for the networks made of mirror_unet's blocks, share for v2-rec, tasks, skips and
+    classifier for joint; nnunet is planned for patch (voxels) and spacing (mm).
     """
     if name not in NAMES[preset]:
         known = ", ".join((*TASKS[preset], *NAMES[preset]))
         raise ValueError(f"no version {name!r} with preset {preset!r}; there are {known}")
     for option, value, allowed in (
-        ("norm", norm, ("instance", "batch")),
+        ("norm", norm, NORMS),
+        ("classifier", classifier, ("", *CLASSIFIERS)),
         ("tasks", tasks, ("v1", "v2", "v3", "none")),
         ("skips", skips, ("pet", "both")),
     ):
@@ -610,7 +611,7 @@ def build(
     if name in FUSION:
         return FUSION[name](channels, norm)
     if name == "joint":
-        return Joint(channels, norm, tasks, skips)
+        return Joint(channels, norm, tasks, skips, classifier or "cells")
     if name == "v2-rec":
         return BrainRec(share, channels, norm)
     if name == "segresnet":

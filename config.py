@@ -8,6 +8,7 @@ of each --data, "autopet" and "brats" are the paper's recipes.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import typing
@@ -31,20 +32,23 @@ OPTIMIZERS: dict[str, dict[str, typing.Any]] = {
 }
 
 
-def option(default, help: str, choices=None, low=None, high=None, count=None, was=None):
+def option(
+    default, help: str, choices=None, low=None, high=None, count=None, was=None, before=None
+):
     """A field of Config.
 
     choices, low, high: allowed values; of a tuple, of each of its values. count: how many values a
-    tuple has. was: the field's name in older checkpoints and command lines.
+    tuple has. was: the field's name in older checkpoints and command lines. before: its value in
+    runs that are older than the field, if that is not the default.
     """
     allowed = dict(help=help, choices=choices, low=low, high=high, count=count, was=was)
-    return field(default=default, metadata=allowed)
+    return field(default=default, metadata=allowed | dict(before=before))
 
 
-def choice(choices: str, help: str):
+def choice(choices: str, help: str, **more):
     """A field with a few allowed values; the first one is the default, and "-" is no value."""
     values = tuple("" if word == "-" else word for word in choices.split())
-    return option(values[0], help, values)
+    return option(values[0], help, values, **more)
 
 
 def number(default, low, high, help: str, **more):
@@ -99,6 +103,14 @@ class Config:
         "widths of levels 1-5; nnunet, blackbean, segresnet start at twice the first", count=5,
     )
     norm: str = choice("instance batch", "nnunet, blackbean and segresnet have their own")
+    free_outputs: bool = option(
+        True, "no instance norm at the decoders' outputs, which could then take few values",
+        before=False,
+    )
+    classifier: str = choice(
+        "- cells release", "of v3: judges each cell of 16^3 voxels, or flattens the bottleneck; "
+        "default: the release's with batch norm, else cells", before="release",
+    )
     ct_weight: str = option("0.1", "v4: weight of the CT logits, a number or 'learnable'")
     # self-supervision and loss
     corrupt: str = choice("- none noise shuffle", "of the CT; default: shuffle if it is rebuilt")
@@ -107,7 +119,7 @@ class Config:
     sigma: float = number(0.3, 0, 1e6, "standard deviation of the noise, in CT windows")
     lambda_seg: float = number(0.5, 0, 1e6, "weight of Dice + CE in v1-v3, multitask, joint")
     lambda_rec: float = number(1e-3, 0, 1e6, "weight of the reconstruction there and in v2-rec")
-    lambda_cls: float = number(1e-2, 0, 1e6, "weight of the classification in v3")
+    lambda_cls: float = number(0.1, 0, 1e6, "weight of the classification in v3")
     # optimization
     steps: int = number(10_000, 1, 10**9, "training steps")
     minutes: float = number(0.0, 0, 1e6, "stop the steps after this time at the latest; 0: never")
@@ -179,14 +191,28 @@ class Config:
 
     def build_model(self) -> nn.Module:
         """The network, freshly initialized from PyTorch's random state. Raises ValueError."""
+        everywhere = self.norm == "instance" and not self.free_outputs
+        norm = "instance_everywhere" if everywhere else self.norm
         if self.model in TASKS[self.task]:
             learnable = self.ct_weight == "learnable"
             weight = self.ct_weight if learnable else float(self.ct_weight)
-            return MirrorUNet(self.model, self.share, self.channels, self.norm, self.task, weight)
+            return MirrorUNet(
+                self.model, self.share, self.channels, norm, self.task, weight, self.classifier
+            )
         return baselines.build(
-            self.model, self.task, self.channels, self.norm, self.share,
-            self.tasks, self.skips, self.patch, self.spacing,
+            self.model, self.task, self.channels, norm, self.share,
+            self.tasks, self.skips, self.patch, self.spacing, self.classifier,
         )
+
+    @property
+    def random_seed(self) -> int:
+        """The seed of initial weights, patches and noise: of (seed, fold, system).
+
+        So no two systems of a comparison start from the same weights, and none has an easier fold
+        by the luck of one draw.
+        """
+        values = [self.seed, self.fold, *(getattr(self, name) for name in SYSTEM)]
+        return int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest()[:4]) >> 1
 
     # --------------------------------------------------------------------------------- in and out
     def to_dict(self) -> dict:
@@ -208,7 +234,8 @@ class Config:
         if unknown:
             names = f"{unknown[:5]!r:.200}"
             raise UserError(f"{source}: unknown options {names}; written by another version?")
-        checked = {}
+        before = {f.name: f.metadata["before"] for f in FIELDS.values()}
+        checked = {name: value for name, value in before.items() if value is not None}
         for name, value in values.items():
             try:
                 checked[name] = check_value(FIELDS[str(name)], value)
@@ -229,6 +256,11 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# What makes a system of the comparison: its network and what it learns.
+SYSTEM = (
+    "model", "tasks", "skips", "share", "channels", "norm", "free_outputs", "classifier",
+    "ct_weight", "corrupt",
+)
 GROUPS = {  # group of options in --help: its first option
     "data": "data", "patches": "patch", "model": "model", "self-supervision and loss": "corrupt",
     "optimization": "steps", "machine": "device", "validation": "validations", "run folder": "out",

@@ -60,7 +60,7 @@ def l2(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def bce(logit: Tensor, label: Tensor) -> Tensor:
-    """Mean over the batch of -[y log s(l) + (1 - y) log(1 - s(l))], s the sigmoid; both (B,)."""
+    """Mean of -[y log s(l) + (1 - y) log(1 - s(l))], s the sigmoid; both (B,), or one per cell."""
     return F.binary_cross_entropy_with_logits(logit.float(), label.float().reshape(logit.shape))
 
 
@@ -103,6 +103,9 @@ class MirrorLoss(nn.Module):
                 parts[f"{name}_ce"] = loss.detach() - parts[f"{name}_dice"]
             elif name == "tumor":
                 classification = bce(output, batch["tumor"])
+                if outputs.cells is not None:  # judge every cell by the voxels in it
+                    truth = F.adaptive_max_pool3d(batch["seg"].float(), outputs.cells.shape[1:])
+                    classification = bce(outputs.cells, truth)
                 parts["cls_bce"] = classification.detach()
             else:
                 reconstructions.append(l2(output, batch[name]))

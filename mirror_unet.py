@@ -29,10 +29,10 @@ time v1-v3 are PET networks, and `segment` runs only that half. v4's fused logit
 images, and so does the PET reconstruction, since the light decoder reads both bottlenecks. In brain
 MR, core depends on T2w alone, edema on FLAIR alone, and the whole tumor on both.
 
-Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, Classifier, MirrorUNet. `from_official`,
-at the end, loads the authors' weights. We differ from their release in two ways: instance norm by
-default (theirs: norm="batch"), and a classifier that takes any patch size (theirs takes 96^3; ours
-equals it there).
+Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, CellClassifier, MirrorUNet.
+`from_official`, at the end, loads the authors' weights. We differ from their release in two ways:
+instance norm by default (theirs: norm="batch"), with outputs that it leaves free, see NORMS; and a
+classifier that says in which part of the patch the tumor is (theirs: classifier="release").
 """
 
 import re
@@ -66,6 +66,11 @@ TASKS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+# Instance norm on an output would give every window the same mean and spread. So "instance" leaves
+# the last two convolutions of each decoder without norm (and has no biases where the norm would
+# remove them). "instance_everywhere", for checkpoints of version 1, follows "batch", the release.
+NORMS = ("instance", "batch", "instance_everywhere")
+
 
 class MirrorOutput(NamedTuple):
     """Outputs of a PET/CT network; None if the version has no such output."""
@@ -74,6 +79,7 @@ class MirrorOutput(NamedTuple):
     ct: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: (B, 2, D, H, W) CT branch logits
     pet: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: the PET branch's logits
     tumor: Tensor | None = None  # (B,) logit of "there is a tumor"
+    cells: Tensor | None = None  # (B, D/16, H/16, W/16) the same for each part of the patch
 
 
 class BrainOutput(NamedTuple):
@@ -86,16 +92,24 @@ class BrainOutput(NamedTuple):
 
 # ------------------------------------------------------------------------------------------ layers
 class ConvUnit(nn.Module):
-    """Convolution -> norm -> PReLU (one slope). `up=True`: a transposed convolution, sides x 2."""
+    """Convolution -> norm -> PReLU (one slope). `up=True`: a transposed convolution, sides x 2.
+
+    norm: see NORMS; "none": the convolution alone.
+    """
 
     def __init__(self, in_channels, out_channels, norm, kernel=3, stride=1, up=False):
         super().__init__()
+        bias = norm != "instance"
         if up:
             self.conv = nn.ConvTranspose3d(
-                in_channels, out_channels, 3, stride=2, padding=1, output_padding=1
+                in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=bias
             )
         else:
-            self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
+            padding = kernel // 2
+            self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding, bias=bias)
+        self.norm = None
+        if norm == "none":
+            return
         if norm == "batch":
             self.norm = nn.BatchNorm3d(out_channels)
         else:
@@ -104,6 +118,8 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = convolve(self.conv, x)
+        if self.norm is None:
+            return x
         if isinstance(self.norm, nn.BatchNorm3d):
             x = F.prelu(self.norm(x), self.slope.to(x.dtype))  # in half precision under autocast
             return x if residual is None else x + residual
@@ -152,12 +168,14 @@ class ResidualUnit(nn.Module):
 class UpLayer(nn.Module):
     """Double each side with a transposed conv unit, then refine with a residual unit.
 
-    `top=True`: the refinement is a bare convolution, for the output of a decoder.
+    `top=True`, for the output of a decoder: the refinement is a bare convolution, and with
+    norm="instance" so is the transposed one.
     """
 
     def __init__(self, in_channels, out_channels, norm, top=False):
         super().__init__()
-        self.up = ConvUnit(in_channels, out_channels, norm, up=True)
+        up_norm = "none" if top and norm == "instance" else norm
+        self.up = ConvUnit(in_channels, out_channels, up_norm, up=True)
         self.refine = ResidualUnit(out_channels, out_channels, norm, n_units=1, bare=top)
 
     def forward(self, below: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -207,19 +225,41 @@ class Branch(nn.Module):
 
 
 class LightDecoder(nn.Sequential):
-    """The bottleneck's decoder: four up layers without skips, with norm and PReLU even on the last.
+    """The bottleneck's decoder: four up layers without skips.
 
-    (B, in, D/16, H/16, W/16) -> (B, out, D, H, W); `in` is 2 c5, both branches' bottlenecks.
+    (B, in, D/16, H/16, W/16) -> (B, out, D, H, W); `in` is 2 c5, both branches' bottlenecks. In the
+    release (norm="batch") even the last layer has norm and PReLU.
     """
 
     def __init__(self, out_channels, channels, norm, in_channels=None):
         c1, c2, c3, _, c5 = channels
         widths = [in_channels or 2 * c5, c3, c2, c1, out_channels]
-        super().__init__(*[UpLayer(i, o, norm) for i, o in zip(widths, widths[1:])])
+        *steps, last = zip(widths, widths[1:])
+        layers = [UpLayer(i, o, norm) for i, o in steps]
+        super().__init__(*layers, UpLayer(*last, norm, top=norm == "instance"))
 
 
-class Classifier(nn.Module):
-    """Has the patient a tumor? PET bottleneck (B, c5, d, h, w) -> logit (B,).
+class CellClassifier(nn.Module):
+    """Has the patient a tumor, and in which cells of 16^3 voxels? -> logits (B,), (B, d, h, w).
+
+    A cell is judged by its features in the PET bottleneck (B, c5, d, h, w) and by the segmentation
+    (B, 2, D, H, W): its highest logit of tumor against background there, which gets no gradient.
+    The patch has a tumor if a cell has one.
+    """
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.out = nn.Conv3d(in_channels + 1, 1, 1)
+
+    def forward(self, bottleneck: Tensor, seg: Tensor) -> tuple[Tensor, Tensor]:
+        logit = (seg[:, 1:] - seg[:, :1]).detach()
+        evidence = F.adaptive_max_pool3d(logit, bottleneck.shape[2:])  # (B, 1, d, h, w)
+        cells = self.out(torch.cat([bottleneck, evidence], dim=1)).squeeze(1)
+        return cells.flatten(1).amax(1), cells
+
+
+class ReleaseClassifier(nn.Module):
+    """The release's: PET bottleneck (B, c5, d, h, w) -> logit (B,) and no cells.
 
     Average pooling to 6^3 makes it take any patch size; for the paper's 96^3 the bottleneck is 6^3
     and the pooling is the identity. It has batch norm whatever the others have: instance norm of a
@@ -234,10 +274,13 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.out = nn.Linear(256, 1)
 
-    def forward(self, bottleneck: Tensor) -> Tensor:
+    def forward(self, bottleneck: Tensor, seg: Tensor | None = None) -> tuple[Tensor, None]:
         x = F.adaptive_avg_pool3d(self.squeeze(bottleneck), 6).flatten(1)  # (B, 216)
         x = self.dropout(F.relu(self.hidden(x)))  # (B, 256)
-        return self.out(x).squeeze(1)
+        return self.out(x).squeeze(1), None
+
+
+CLASSIFIERS = {"cells": CellClassifier, "release": ReleaseClassifier}
 
 
 # -------------------------------------------------------------------------------- the Mirror U-Net
@@ -248,9 +291,10 @@ class MirrorUNet(nn.Module):
         version: "v1" | "v2" | "v3" | "v4", see TASKS and the glossary above.
         share: levels 3..7 whose weights both branches share; () shares nothing.
         channels: widths of levels 1-5.
-        norm: "instance" | "batch" (the authors' release).
+        norm: "instance" | "batch" (the authors' release) | "instance_everywhere", see NORMS.
         preset: "petct" | "brain".
         ct_weight: v4's weight of the CT logits in [0, 1], or "learnable", which starts at 0.5.
+        classifier: of v3, "cells" (CellClassifier) | "release"; the default goes with the norm.
 
     Forward: x (B, 2, D, H, W), channel 0 CT (brain: T2w), channel 1 PET (brain: FLAIR)
     -> MirrorOutput | BrainOutput. Raises ValueError, naming a size that works, if the strides do
@@ -261,7 +305,7 @@ class MirrorUNet(nn.Module):
 
     def __init__(
         self, version="v3", share=(5,), channels=(16, 32, 64, 128, 256), norm="instance",
-        preset="petct", ct_weight: float | str = 0.1,
+        preset="petct", ct_weight: float | str = 0.1, classifier="",
     ):
         super().__init__()
         if version not in TASKS.get(preset, {}):
@@ -269,8 +313,10 @@ class MirrorUNet(nn.Module):
             raise ValueError(f"no version {version!r} with preset {preset!r}; there are {known}")
         if not set(share) <= {3, 4, 5, 6, 7}:
             raise ValueError(f"share={tuple(share)}: only levels 3, 4, 5, 6, 7 can be shared")
-        if norm not in ("instance", "batch"):
-            raise ValueError(f"norm={norm!r}: use 'instance' or 'batch'")
+        kind = classifier or ("release" if norm == "batch" else "cells")
+        if norm not in NORMS or kind not in CLASSIFIERS:
+            known = f"norm one of {NORMS}, classifier one of {tuple(CLASSIFIERS)}"
+            raise ValueError(f"norm={norm!r}, classifier={classifier!r}: use {known}")
         if len(channels) != 5:
             raise ValueError(f"channels={tuple(channels)}: give five widths, of levels 1 to 5")
         self.version, self.preset, self.norm = version, preset, norm
@@ -286,7 +332,7 @@ class MirrorUNet(nn.Module):
         self.bottleneck_decoder = None
         if "pet" in self.tasks or "whole" in self.tasks:
             self.bottleneck_decoder = LightDecoder(1 if "pet" in self.tasks else 2, channels, norm)
-        self.classifier = Classifier(channels[4]) if "tumor" in self.tasks else None
+        self.classifier = CLASSIFIERS[kind](channels[4]) if "tumor" in self.tasks else None
         if version == "v4":
             learnable = ct_weight == "learnable"
             w = torch.tensor(0.5 if learnable else float(ct_weight))
@@ -307,12 +353,12 @@ class MirrorUNet(nn.Module):
             from_both = self.bottleneck_decoder(torch.cat([ct_bottleneck, pet_bottleneck], dim=1))
         if self.preset == "brain":
             return BrainOutput(core=from_ct, whole=from_both, edema=from_pet)
-        tumor = self.classify(pet_bottleneck)
-        return MirrorOutput(seg=from_pet, ct=from_ct, pet=from_both, tumor=tumor)
+        tumor, cells = self.classify(pet_bottleneck, from_pet)
+        return MirrorOutput(from_pet, from_ct, from_both, tumor, cells)
 
-    def classify(self, pet_bottleneck: Tensor) -> Tensor | None:
-        """(B, c5, d, h, w) -> logit (B,); None if the version has no classifier."""
-        return None if self.classifier is None else self.classifier(pet_bottleneck)
+    def classify(self, bottleneck: Tensor, seg: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`tumor` and `cells` of the output, from the bottleneck and the segmentation's logits."""
+        return self.classifier(bottleneck, seg) if self.classifier else (None, None)
 
     def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
         """Segmentation and classification alone, with the least computation.
@@ -329,7 +375,8 @@ class MirrorUNet(nn.Module):
         self.check_input(x.shape, channels=1)
         bottleneck, skips = self.pet.encode(x)
         seg = self.pet.decode(bottleneck, skips)
-        return MirrorOutput(seg=seg, tumor=self.classify(bottleneck))
+        tumor, cells = self.classify(bottleneck, seg)
+        return MirrorOutput(seg=seg, tumor=tumor, cells=cells)
 
     def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
         """Raise ValueError for an input shape (B, C, D, H, W) that the network cannot take."""
@@ -345,9 +392,9 @@ class MirrorUNet(nn.Module):
         values = prod([n // s for n, s in zip(size, strides)])  # per channel, at the bottleneck
         if self.norm == "batch":
             values *= shape[0]
-        if values < 2 and (self.norm == "instance" or self.training):
+        if values < 2 and (self.norm != "batch" or self.training):
             raise ValueError(
-                f"size {size}: {self.norm} norm has one value per channel at the bottleneck; "
+                f"size {size}: {self.norm.split('_')[0]} norm has one value per channel at the bottleneck; "
                 f"use {2 * max(strides)} or more"
             )
 

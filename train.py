@@ -41,7 +41,7 @@ import figures
 import parallel
 import patches
 import phantom
-from config import Config, as_argument, parse_config
+from config import SYSTEM, Config, as_argument, parse_config
 from files import Interrupts, UserError, atomic_write, clean_parts, run_program, writing
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
@@ -86,7 +86,7 @@ def say(message: str) -> None:
 
 def build_model(c: Config) -> nn.Module:
     """The network of a config, freshly initialized from its seed. Raises UserError."""
-    torch.manual_seed(c.seed)
+    torch.manual_seed(c.random_seed)
     try:
         model = c.build_model()
         check_input: Any = model.check_input
@@ -126,7 +126,7 @@ class Run:
     """
 
     # Options that a run cannot change when it is resumed.
-    FIXED = "data model tasks skips share channels norm ct_weight optimizer".split()
+    FIXED = ("data", *SYSTEM, "optimizer")
 
     def __init__(self, c: Config, train: list[data.CachedCase], val: list[data.CachedCase]):
         self.c, self.train_cases, self.val_cases = c, train, val
@@ -148,7 +148,7 @@ class Run:
         self.optimizer = build_optimizer(c, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self.patches = patches.PatchDataset(
-            train, c.patch, c.steps * self.batch_of_all, c.seed, c.augmentation,
+            train, c.patch, c.steps * self.batch_of_all, c.random_seed, c.augmentation,
             c.foreground_fraction, c.patches_per_case,
         )
         self.step = 0
@@ -255,7 +255,7 @@ class Run:
         lr = learning_rate(c, self.progress())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(hash((c.seed, self.step)) & 0x7FFFFFFF)  # dropout: of (seed, step) alone
+        torch.manual_seed(hash((c.random_seed, self.step)) & 0x7FFFFFFF)  # of (seed, step) alone
         self.model.turn = self.step % 2  # valindria trains the modalities in turns
         with autocast(self.device.type, c.amp):
             outputs = self.forward(x)
