@@ -39,7 +39,7 @@ def option(
 
     choices, low, high: allowed values; of a tuple, of each of its values. count: how many values a
     tuple has. was: the field's name in older checkpoints and command lines. before: its value in
-    runs that are older than the field, if that is not the default.
+    runs that are older than the field or its default, if that is not the default.
     """
     allowed = dict(help=help, choices=choices, low=low, high=high, count=count, was=was)
     return field(default=default, metadata=allowed | dict(before=before))
@@ -119,7 +119,7 @@ class Config:
     sigma: float = number(0.3, 0, 1e6, "standard deviation of the noise, in CT windows")
     lambda_seg: float = number(0.5, 0, 1e6, "weight of Dice + CE in v1-v3, multitask, joint")
     lambda_rec: float = number(1e-3, 0, 1e6, "weight of the reconstruction there and in v2-rec")
-    lambda_cls: float = number(0.1, 0, 1e6, "weight of the classification in v3")
+    lambda_cls: float = number(0.1, 0, 1e6, "weight of the classification in v3", before=1e-2)
     # optimization
     steps: int = number(10_000, 1, 10**9, "training steps")
     minutes: float = number(0.0, 0, 1e6, "stop the steps after this time at the latest; 0: never")

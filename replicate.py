@@ -98,15 +98,16 @@ def digest(*things) -> str:
 
 
 def options_that_matter(c: Config) -> dict:
-    """The options that differ from the defaults, under the names they had first.
+    """The options that differ from those of the first version, under the names they had first.
 
     So the keys of finished runs stay the same if an option is renamed, or a new one comes with a
-    default that changes nothing.
+    default that changes nothing. Where the default itself has changed, it is in the key.
     """
-    default = Config()
     found = {}
     for name, f in FIELDS.items():
-        if name not in MACHINE and getattr(c, name) != getattr(default, name):
+        before = f.metadata["before"]
+        first = f.default if before is None else before
+        if name not in MACHINE and getattr(c, name) != first:
             found[f.metadata["was"] or name] = getattr(c, name)
     return found
 

@@ -1,5 +1,6 @@
 """The replication: sound experiments, permanent keys, no run repeated or lost."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import claims
 import replicate
 import train
 from claims import CLAIMS, EXPERIMENTS, read_rows
-from config import Config, parse_config
+from config import FIELDS, Config, as_argument, parse_config
 from files import UserError
 from mirror_unet import MirrorOutput
 
@@ -101,6 +103,11 @@ def folds_in_results(rows: list[dict]) -> list[list[list[str]]]:
     return folds
 
 
+# What newer versions do differently by default.
+BEFORE = {f.name: f.metadata["before"] for f in FIELDS.values() if f.metadata["before"] is not None}
+OLD = " -- " + " ".join(as_argument(name, value) for name, value in BEFORE.items())
+
+
 @pytest.mark.parametrize(
     "source,command,runs",
     [
@@ -114,10 +121,13 @@ def test_the_finished_runs_of_this_repository_keep_their_keys(source, command, r
     rows = read_rows(ROOT / "results" / f"{source}.csv")
     folds = folds_in_results(rows)
     monkeypatch.setattr(replicate, "find_folds", lambda c: folds)
-    planned = {r.key: [r.study, r.experiment.name, r.fold, r.seed] for r in plan(command)}
+    planned = {r.key: [r.study, r.experiment.name, r.fold, r.seed] for r in plan(command + OLD)}
     finished = {r["run"]: [r["study"], r["system"], int(r["fold"]), int(r["seed"])] for r in rows}
     assert len(finished) == runs
     assert {key: planned.get(key) for key in finished} == finished
+    today = plan(command)
+    assert not {r.key for r in today} & set(finished)
+    assert not {r.study for r in today} & {r["study"] for r in rows}
 
 
 # The options of the first version in its order, without those of the machine, by today's names.
@@ -139,11 +149,40 @@ def test_a_key_consists_of_the_first_names_of_all_changed_options():
             return value + 1
         return value + "x" if isinstance(value, str) else (*value, 1)
 
-    assert replicate.options_that_matter(Config()) == {}
-    c = Config(**{name: other(getattr(Config(), name)) for name in FIRST_OPTIONS})
+    first = Config(**BEFORE)
+    assert replicate.options_that_matter(first) == {}
+    changed = {name: other(getattr(first, name)) for name in FIRST_OPTIONS}
+    c = dataclasses.replace(first, **changed)
     options = replicate.options_that_matter(c)
     assert len(options) == len(FIRST_OPTIONS) and "positive" in options
     assert replicate.digest(options) == "8920d4ba372d"
+
+
+def test_a_default_that_changed_is_part_of_the_key():
+    """So a run of today is never taken for an old one, and an old network can still be named."""
+    expected = {"free_outputs": True, "classifier": "", "lambda_cls": 0.1}
+    assert replicate.options_that_matter(Config()) == expected
+    old = dict(free_outputs=False, classifier="release", lambda_cls=0.01)
+    assert BEFORE == old
+    assert replicate.digest(replicate.options_that_matter(Config())) == "c7a1191d6eab"
+
+
+def test_another_seed_fold_or_system_has_other_weights():
+    """Else the luck of one draw would look like a property of all systems and folds."""
+    tiny = [*TINY, "--model", "v1"]
+    commands = [[], ["--seed", "1"], ["--fold", "1"], ["--corrupt", "noise"], ["--share", "4"]]
+    commands += [["--model", "v2"], ["--model", "pet"], ["--model", "v1"]]
+    seeds, weights = [], []
+    for command in commands:
+        c = parse_config([*tiny, *command])
+        seeds.append(c.random_seed)
+        kernels = (p for p in train.build_model(c).parameters() if p.ndim == 5)
+        weights.append(next(kernels))
+    assert seeds[-1] == seeds[0] and torch.equal(weights[-1], weights[0])
+    assert len(set(seeds)) == len(seeds) - 1
+    for i, j in combinations(range(len(commands) - 1), 2):
+        assert not torch.equal(weights[i], weights[j]), (commands[i], commands[j])
+    assert parse_config([*tiny, "--lr", "1", "--steps", "9"]).random_seed == seeds[0]
 
 
 def test_options_of_the_machine_are_not_part_of_the_key(monkeypatch):
