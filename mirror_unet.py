@@ -111,10 +111,10 @@ class ConvUnit(nn.Module):
             return recomputable(self.norm_act, x, residual)
         return self.norm_act(x, residual)  # else the residual would be kept instead
 
-    def norm_act(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def norm_act(self, x: Tensor, residual: Tensor | None, **known) -> Tensor:
         """Instance norm, affine, PReLU and the residual sum, fused in one operation."""
         weight, bias = self.norm.weight, self.norm.bias
-        return kernels.norm_act(x, weight, bias, self.slope, residual, self.norm.eps)
+        return kernels.norm_act(x, weight, bias, self.slope, residual, self.norm.eps, **known)
 
 
 class ResidualUnit(nn.Module):

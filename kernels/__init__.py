@@ -78,10 +78,16 @@ def dice_ce(
     return path(logits, target, *options, class_weight, ignore_index, sync)
 
 
-def norm_act(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
-    """Instance norm, affine, PReLU, + residual; `norm_act_ref` explains the arguments."""
-    path = norm_act_triton if _on_triton(x) else norm_act_plain
-    return path(x, weight, bias, slope, residual, eps)
+def norm_act(
+    x, weight=None, bias=None, slope=None, residual=None, eps=1e-5, stats=None
+) -> Tensor:
+    """Instance norm, affine, PReLU, + residual; `norm_act_ref` explains the arguments.
+
+    stats: what an earlier call kept in y.known["stats"], see `norm_act_triton`.
+    """
+    if _on_triton(x):
+        return norm_act_triton(x, weight, bias, slope, residual, eps, stats)
+    return norm_act_plain(x, weight, bias, slope, residual, eps)
 
 
 def voxel_shuffle(x, corners, size, seed, inverse=False) -> Tensor:

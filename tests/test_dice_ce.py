@@ -19,6 +19,7 @@ from conftest import DEVICE, ROOT
 import kernels
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.cuda
 dice_ce_file = importlib.import_module("kernels.dice_ce")  # kernels.dice_ce itself is the function
 dice_ce_plain = dice_ce_file.dice_ce_plain
 dice_ce_triton = dice_ce_file.dice_ce_triton
@@ -103,8 +104,12 @@ def assert_results_close(found, expected, rtol, atol):
         )
 
 
-def assert_as_exact_as_pytorch(path, logits, target, tolerance=1e-7, **options):
-    """Loss, Dice and gradient have at most twice the float32 error of PyTorch, against float64."""
+def assert_as_exact_as_pytorch(path, logits, target, tolerance=1e-6, **options):
+    """Loss, Dice and gradient have at most twice the float32 error of PyTorch, against float64.
+
+    The tolerance on top is for a GPU, whose exp and division are exact to two or three units in the
+    last place; a wrong formula is further off.
+    """
     exact = evaluate(kernels.dice_ce_ref, logits, target, upcast=True, **options)
     pytorch = evaluate(kernels.dice_ce_ref, logits, target, **options)
     results = evaluate(path, logits, target, **options)

@@ -14,6 +14,7 @@ import patches
 from losses import MirrorLoss
 from mirror_unet import MirrorUNet, ResidualUnit, UpLayer
 
+pytestmark = pytest.mark.cuda
 LAST = torch.channels_last_3d
 slow = pytest.mark.slow
 
@@ -166,8 +167,15 @@ def check_gradients(found: dict, expected: dict) -> None:
         assert error <= 1e-3 * norm, f"{name}: relative error {error / norm:.1e}"
 
 
+@pytest.fixture
+def exact_convolutions():
+    """Without TF32, by which cuDNN keeps only 10 bits of a convolution's inputs."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
 @pytest.mark.parametrize("version,size", [("small", 16), pytest.param("v3", 32, marks=slow)])
-def test_training_is_the_same_with_and_without_kernels(use, version, size):
+def test_training_is_the_same_with_and_without_kernels(use, exact_convolutions, version, size):
     losses, grads = {}, {}
     for path in ("plain", "triton"):
         use(path)
@@ -183,7 +191,8 @@ def test_training_is_the_same_with_and_without_kernels(use, version, size):
             optimizer.step()
             losses[path].append(loss.item())
             grads[path, n] = gradients(model)
-    assert losses["triton"] == pytest.approx(losses["plain"], rel=2e-6)
+    rounding = 2e-6 if DEVICE == "cpu" else 1e-4  # cuDNN sums in another order from call to call
+    assert losses["triton"] == pytest.approx(losses["plain"], rel=rounding)
     check_gradients(grads["triton", 0], grads["plain", 0])
     assert losses["plain"][-1] < losses["plain"][0]
 
@@ -193,7 +202,7 @@ VERSIONS = ["small", *(pytest.param(version, marks=slow) for version in ("v3", "
 
 @pytest.mark.parametrize("path", ["plain", "triton"])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_training_step_compiles_to_one_graph(use, version, path):
+def test_a_training_step_compiles_to_one_graph(use, exact_convolutions, version, path):
     """fullgraph=True makes a graph break an error; loss and gradients stay the same."""
     use(path)
     x, batch = make_batch(0, 16 if version == "small" else 32)
