@@ -171,6 +171,11 @@ def concatenate(*parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def modality(x: Tensor, n: int) -> Tensor:
+    """Image n of x, (B, 1, D, H, W). It is dense, so that no convolution has to copy it again."""
+    return x[:, n : n + 1 or None].contiguous()
+
+
 # --------------------------------------------------------------------------------- the two branches
 class Branch(nn.Module):
     """One U-Net of the pair: nine levels, numbered as in the paper. `levels[n - 1]` is level n."""
@@ -294,8 +299,8 @@ class MirrorUNet(nn.Module):
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
         self.check_input(x.shape, channels=2)
-        ct_bottleneck, ct_skips = self.ct.encode(x[:, 0:1])
-        pet_bottleneck, pet_skips = self.pet.encode(x[:, 1:2])
+        ct_bottleneck, ct_skips = self.ct.encode(modality(x, 0))
+        pet_bottleneck, pet_skips = self.pet.encode(modality(x, 1))
         from_ct = self.ct.decode(ct_bottleneck, ct_skips)
         from_pet = self.pet.decode(pet_bottleneck, pet_skips)
         if self.version == "v4":
@@ -327,7 +332,7 @@ class MirrorUNet(nn.Module):
                 raise ValueError(f"{name} reads both modalities: give both, x (B, 2, D, H, W)")
             return self(x)
         self.check_input(x.shape, channels=1)
-        bottleneck, skips = self.pet.encode(x)
+        bottleneck, skips = self.pet.encode(modality(x, 0))
         seg = self.pet.decode(bottleneck, skips)
         return MirrorOutput(seg=seg, tumor=self.classify(bottleneck))
 

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT, (c) 2026 the Mirror U-Net from scratch contributors
+# Needs torch >= 2.8 and, for its kernels, triton >= 3.4; nothing else.
 """Instance norm -> affine -> PReLU -> + residual: what follows almost every convolution here.
 
 For each instance i = (sample b, channel c), over the n voxels v of its volume:
@@ -723,3 +725,39 @@ def norm_act_triton(
         return _forward_pass(*inputs)[0]
     tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "residual": residual}
     return _run(_forward_launches, leak, eps, stats=stats, **tensors)["y"]
+
+
+def norm_act(x, *options, **named) -> Tensor:
+    """`norm_act_ref` by the path that fits x's device: a GPU's kernels, or plain PyTorch."""
+    path = norm_act_triton if x.is_cuda and triton is not None else norm_act_plain
+    return path(x, *options, **named)
+
+
+class NormAct(torch.nn.InstanceNorm3d):
+    """A drop-in for `nn.InstanceNorm3d`, (B, C, D, H, W) or (C, D, H, W), and for what follows it.
+
+    Takes the arguments of `nn.InstanceNorm3d` and loads its state dict.
+
+    Args:
+        slope: None: norm alone; a number: LeakyReLU; a tensor of 1 or C values: PReLU, learned. A
+            state dict without "slope" leaves it as it is.
+
+    forward(x, residual=None) adds the residual. Raises ValueError for track_running_stats=True, as
+    the statistics are always those of x.
+    """
+
+    def __init__(self, *options, slope: Tensor | float | None = None, **named):
+        super().__init__(*options, **named)
+        if self.track_running_stats:
+            raise ValueError("NormAct has no running statistics: leave track_running_stats out")
+        self.slope = torch.nn.Parameter(slope.detach()) if isinstance(slope, Tensor) else slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.dim() == 4:  # without a batch
+            return self(x[None], None if residual is None else residual[None])[0]
+        return norm_act(x, self.weight, self.bias, self.slope, residual, self.eps)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if isinstance(self.slope, Tensor):
+            state_dict.setdefault(prefix + "slope", self.slope.detach())
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT, (c) 2026 the Mirror U-Net from scratch contributors
+# Needs torch >= 2.8 and, for its kernels, triton >= 3.4; nothing else.
 """Voxel shuffling: random permutations of the voxels in cubes (the paper's self-supervision of CT).
 
 The permutation is a *keyed bijection* of the cube's coordinates (i, j, k), each in [0, s): a
@@ -301,3 +303,9 @@ def voxel_shuffle_plain(x, corners, size, seed, inverse=False) -> Tensor:
 def voxel_shuffle_triton(x, corners, size, seed, inverse=False) -> Tensor:
     """`voxel_shuffle_ref` as one Triton launch, the same bits; on a GPU, or in the interpreter."""
     return _shuffle(x, torch.as_tensor(corners), _seeds(x, seed), size, inverse, True)
+
+
+def voxel_shuffle(x, corners, size, seed, inverse=False) -> Tensor:
+    """`voxel_shuffle_ref` by the path that fits x's device: a GPU's kernel, or plain PyTorch."""
+    use_triton = x.is_cuda and triton is not None
+    return _shuffle(x, torch.as_tensor(corners), _seeds(x, seed), size, inverse, use_triton)

@@ -64,7 +64,7 @@ with tempfile.TemporaryDirectory() as folder:
             assert db.data_ptr() + 64 == dw.data_ptr() == ds.data_ptr() - 64  # one piece of memory
             report(x=x, g=g, dx=dx, stats=stats, w=w, b=b, s=s, sums=db)
 """
-# Instances of 4^3 voxels: 16 channels per program. Of 28^3: three tiles each.
+# Instances of 4^3 voxels: 16 channels per program. Of 28^3: three tiles each, two if only summed.
 SMALL = """\
 _forward 2 x y stats w b s
 _forward 2 x y stats w b s
@@ -76,7 +76,7 @@ _forward 96 x y stats ? w b
 _merge_stats 4 ? stats
 _forward 96 x y stats ? w b
 _forward 96 x y stats w b s
-_backward 96 g x dx stats ? ? w b
+_backward 64 g x dx stats ? ? w b
 _merge_sums 6 ? ?
 _backward 96 g x dx stats ? ? w b
 """

@@ -105,6 +105,34 @@ def test_everything_except_the_kernels_works_without_triton():
     assert "the package triton is not installed" in done.stdout
 
 
+COPIED = """
+import torch
+from dice_ce import dice_ce
+from norm_act import NormAct, norm_act
+from voxel_shuffle import voxel_shuffle
+device = "cuda" if torch.cuda.is_available() else "cpu"
+x = torch.randn(2, 3, 4, 4, 4, device=device, requires_grad=True)
+labels = torch.zeros(2, 1, 4, 4, 4, dtype=torch.uint8, device=device)
+dice_ce(x, labels)[0].backward()
+norm_act(x, slope=0.1).sum().backward()
+NormAct(3, affine=True, slope=0.1, device=device)(x).sum().backward()
+voxel_shuffle(x, torch.zeros(2, 1, 3, dtype=torch.long), 4, seed=0).sum().backward()
+"""
+
+
+@pytest.mark.parametrize("without_triton", [False, True])
+def test_each_file_works_when_it_is_copied(tmp_path, without_triton):
+    names = ("dice_ce", "norm_act", "voxel_shuffle")
+    for name in names:
+        text = (ROOT / "kernels" / f"{name}.py").read_text()
+        assert text.startswith("# SPDX-License-Identifier: MIT")
+        assert "torch >= 2.8" in text[:300] and "triton >= 3.4" in text[:300]
+        (tmp_path / f"{name}.py").write_text(text)
+    hidden = "import sys; sys.modules['triton'] = None\n" if without_triton else ""
+    done = python(hidden + COPIED, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr
+
+
 # --------------------------------------------------------------------------------- training steps
 class Small(nn.Module):
     """The finest levels of a U-Net: an encoder level, a decoder level, and the loss."""

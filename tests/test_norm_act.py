@@ -10,7 +10,7 @@ from conftest import DEVICE
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
-from kernels.norm_act import norm_act_plain, norm_act_ref, norm_act_triton
+from kernels.norm_act import NormAct, norm_act_plain, norm_act_ref, norm_act_triton
 
 triton = pytest.importorskip("triton")
 norm_act_file = importlib.import_module("kernels.norm_act")  # kernels.norm_act is the function
@@ -618,3 +618,34 @@ def test_shapes_that_do_not_match_are_errors(f, name, shape):
     shapes[name] = shape
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         f(**{name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()})
+
+
+# ------------------------------------------------------------------------------------- the module
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_module_replaces_instance_norm_and_loads_its_state(affine):
+    torch.manual_seed(0)
+    theirs = torch.nn.InstanceNorm3d(3, eps=1e-3, affine=affine).to(DEVICE)
+    ours = NormAct(3, eps=1e-3, affine=affine, slope=torch.full((1,), 0.2)).to(DEVICE)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    x, _, _, _, residual = make_arguments()
+    expected = torch.nn.functional.leaky_relu(theirs(x), 0.2) + residual
+    torch.testing.assert_close(ours(x, residual), expected)
+    torch.testing.assert_close(ours(x[0], residual[0]), expected[0])  # without a batch
+    plain = NormAct(3, eps=1e-3, affine=affine).to(DEVICE)
+    plain.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(plain(x), theirs(x))
+    assert plain.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_the_module_learns_its_slopes_and_has_no_running_statistics():
+    layer = NormAct(3, affine=True, slope=torch.full((3,), 0.25)).to(DEVICE)
+    layer(make_arguments()[0]).square().sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    assert grads.keys() == {"weight", "bias", "slope"} and (grads["slope"] != 0).all()
+    again = NormAct(3, affine=True, slope=torch.zeros(3)).to(DEVICE)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.slope, layer.slope)
+    with pytest.raises(ValueError, match="no running statistics"):
+        NormAct(3, track_running_stats=True)
