@@ -63,7 +63,7 @@ class Graph:
 def record(function: Callable, inputs: dict[str, Tensor], stream) -> tuple[Callable, Any]:
     """Record function(**inputs). Returns what replays it, and the outputs that a replay fills."""
     graph = torch.cuda.CUDAGraph()
-    # Only this thread may not allocate: the loader's thread, which pins memory, goes on.
+    # Only this thread may not allocate: the loader's thread, which pins memory, may.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function(**inputs)
     return graph.replay, outputs

@@ -1,6 +1,8 @@
 """voxel_shuffle: a keyed, random-looking permutation inside its cubes, undone by its inverse."""
 
+import importlib.util
 import sys
+import types
 
 import pytest
 import torch
@@ -380,3 +382,50 @@ def test_a_batch_takes_one_launch_that_moves_each_element_once():
     assert traffic.launches == 1
     assert traffic.written == 4 * x.numel()
     assert 0 < traffic.read - 4 * x.numel() < 1000  # the rest: corners and keys of the cubes
+
+
+# --------------------------------------------------------------------- adapters for other libraries
+class Lambdad:
+    """As MONAI's: func on data[key] of each key."""
+
+    def __init__(self, keys, func):
+        self.keys, self.func = keys, func
+
+    def __call__(self, data):
+        return data | {key: self.func(data[key]) for key in self.keys}
+
+
+class Lambda:
+    """As TorchIO's: function on the data of the images of a type."""
+
+    def __init__(self, function, types_to_apply):
+        assert types_to_apply == ["intensity"]
+        self.function = function
+
+    def __call__(self, tensor):
+        return self.function(tensor)
+
+
+def test_the_adapters_of_the_documentation(monkeypatch):
+    """With MONAI's own transform where it is installed, else with one of the same form."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    code = text.split("as a transform of MONAI or TorchIO")[1].split("```")[1]
+    names: dict = {}
+    monkeypatch.setitem(sys.modules, "voxel_shuffle", sys.modules["kernels.voxel_shuffle"])
+    exec(code.removeprefix("python"), names)
+    if importlib.util.find_spec("monai") is None:
+        transforms = types.SimpleNamespace(Lambdad=Lambdad)
+        monkeypatch.setitem(sys.modules, "monai", types.SimpleNamespace(transforms=transforms))
+        monkeypatch.setitem(sys.modules, "monai.transforms", transforms)
+    torchio = types.SimpleNamespace(INTENSITY="intensity", Lambda=Lambda)
+    monkeypatch.setitem(sys.modules, "torchio", torchio)
+    x = torch.arange(2.0 * 20 * 18 * 17).reshape(2, 20, 18, 17)
+    torch.manual_seed(0)
+    shuffled = [names["monai_transform"]()({"image": x})["image"], names["torchio_transform"]()(x)]
+    assert not torch.equal(*shuffled)
+    torch.manual_seed(0)
+    assert torch.equal(names["shuffle_cubes"](x), shuffled[0])
+    for y in shuffled:
+        assert torch.equal(y[1] - y[0], torch.full_like(y[0], 20 * 18 * 17))
+        moved = (y[0] != x[0]).nonzero()
+        assert 4000 < len(moved) <= 16**3 and (moved.amax(0) - moved.amin(0) < 16).all()
