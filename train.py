@@ -360,7 +360,7 @@ class Run:
                     self.note(row)
                     dice = next(v for k, v in row.items() if k.endswith("_dice"))
                     numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
-                    bar.set_postfix_str(f"step {self.step}  {numbers}")
+                    bar.set_postfix_str(f"step {row.get('step', self.step)}  {numbers}")
                 due = int(self.progress() * c.validations)
                 if due > validated and self.progress() < 1:
                     validated = due
