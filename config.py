@@ -11,7 +11,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +138,7 @@ class Config:
     device: str = choice("auto cpu cuda", "where it runs")
     amp: str = choice("off bf16 fp16", "mixed precision; fp16 on CUDA only")
     compile: bool = option(False, "torch.compile the network")
+    graph: bool = option(False, "on CUDA: replay the step as a CUDA graph, see graph.py")
     channels_last: bool = option(True, "channels_last_3d memory layout")
     workers: int = number(-1, -1, 1024, "loader processes; -1: none on CPU, up to 8 on CUDA")
     kernels: str = choice("- auto triton plain", "default MIRROR_UNET_KERNELS, else auto")
@@ -375,6 +378,18 @@ def choose_device(c: Config) -> None:
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     use_kernels(c.kernels)
+    cudnn = torch.backends.cudnn.version() or 0
+    if c.amp != "off" and torch.__version__.startswith("2.9.") and 90800 <= cudnn < 91500:
+        problem = f"PyTorch 2.9 with cuDNN {cudnn} convolves wrongly or slowly in half precision"
+        warnings.warn(f"--amp {c.amp}: {problem} (pytorch#166122, #163539)", stacklevel=2)
+    forbids = {
+        "a CPU": c.device == "cpu", "--compile": c.compile,
+        "--amp fp16, which skips steps": c.amp == "fp16",
+        "valindria, whose modalities take turns": c.model == "valindria",
+        "torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+    }
+    for what in [what for what, found in forbids.items() if found and c.graph]:
+        raise UserError(f"--graph does not go with {what}; leave one of them out")
     if c.device != "cpu":
         return
     if c.kernels == "triton" and not kernels.INTERPRETED:

@@ -127,10 +127,10 @@ class ConvUnit(nn.Module):
             return recomputable(self.norm_act, x, residual)
         return self.norm_act(x, residual)  # else the residual would be kept instead
 
-    def norm_act(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def norm_act(self, x: Tensor, residual: Tensor | None, **known) -> Tensor:
         """Instance norm, affine, PReLU and the residual sum, fused in one operation."""
         weight, bias = self.norm.weight, self.norm.bias
-        return kernels.norm_act(x, weight, bias, self.slope, residual, self.norm.eps)
+        return kernels.norm_act(x, weight, bias, self.slope, residual, self.norm.eps, **known)
 
 
 class ResidualUnit(nn.Module):
@@ -187,6 +187,11 @@ class UpLayer(nn.Module):
 def concatenate(*parts: Tensor) -> Tensor:
     """Join feature maps along the channels: (B, C1, D, H, W), (B, C2, D, H, W), ..."""
     return torch.cat(parts, dim=1)
+
+
+def modality(x: Tensor, n: int) -> Tensor:
+    """Image n of x, (B, 1, D, H, W). It is dense, so that no convolution has to copy it again."""
+    return x[:, n : n + 1 or None].contiguous()
 
 
 # --------------------------------------------------------------------------------- the two branches
@@ -340,8 +345,8 @@ class MirrorUNet(nn.Module):
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
         self.check_input(x.shape, channels=2)
-        ct_bottleneck, ct_skips = self.ct.encode(x[:, 0:1])
-        pet_bottleneck, pet_skips = self.pet.encode(x[:, 1:2])
+        ct_bottleneck, ct_skips = self.ct.encode(modality(x, 0))
+        pet_bottleneck, pet_skips = self.pet.encode(modality(x, 1))
         from_ct = self.ct.decode(ct_bottleneck, ct_skips)
         from_pet = self.pet.decode(pet_bottleneck, pet_skips)
         if self.version == "v4":
@@ -373,7 +378,7 @@ class MirrorUNet(nn.Module):
                 raise ValueError(f"{name} reads both modalities: give both, x (B, 2, D, H, W)")
             return self(x)
         self.check_input(x.shape, channels=1)
-        bottleneck, skips = self.pet.encode(x)
+        bottleneck, skips = self.pet.encode(modality(x, 0))
         seg = self.pet.decode(bottleneck, skips)
         tumor, cells = self.classify(bottleneck, seg)
         return MirrorOutput(seg=seg, tumor=tumor, cells=cells)

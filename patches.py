@@ -25,8 +25,15 @@ def random_stream(*key: int) -> np.random.Generator:
 
 
 # --------------------------------------------------------------------------- the self-supervision
+def draw_corners(key: int, shape, size: int, cubes: int) -> np.ndarray:
+    """The lowest voxels of a sample's cubes in a patch of this shape: (cubes, 3) int64."""
+    room = np.array(shape) - min(size, *shape) + 1
+    return random_stream(4, key, key >> 32).integers(0, room, (cubes, 3))
+
+
 def corrupt_ct(
-    image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3
+    image: Tensor, how: str, keys: Tensor, size: int = 16, cubes: int = 1, sigma: float = 0.3,
+    corners: Tensor | None = None,
 ) -> Tensor:
     """Corrupt the CT that the network has to reconstruct (paper, section 3.3: voxel shuffling).
 
@@ -36,6 +43,7 @@ def corrupt_ct(
             sigma | "shuffle" permutes the voxels inside random cubes.
         keys: (B,) integers, a seed per sample.
         size, cubes: side of a cube (at most the patch's side), and how many there are per sample.
+        corners: (B, cubes, 3), if `draw_corners` has drawn them already, in the loader's processes.
 
     Returns a new tensor (B, 2, D, H, W); the caller keeps the clean one as the target.
     """
@@ -47,11 +55,10 @@ def corrupt_ct(
         noise = np.stack([s.standard_normal(ct.shape[1:], np.float32) for s in streams])
         ct = ct + sigma * torch.from_numpy(noise).to(ct)
     elif how == "shuffle":
-        size = min(size, *image.shape[2:])
-        streams = [random_stream(4, k, k >> 32) for k in keys.tolist()]
-        room = np.array(image.shape[2:]) - size + 1
-        corners = np.stack([s.integers(0, room, (cubes, 3)) for s in streams])  # (B, cubes, 3)
-        ct = kernels.voxel_shuffle(ct, torch.from_numpy(corners), size, keys)
+        if corners is None:
+            drawn = [draw_corners(k, image.shape[2:], size, cubes) for k in keys.tolist()]
+            corners = torch.from_numpy(np.stack(drawn))  # (B, cubes, 3)
+        ct = kernels.voxel_shuffle(ct, corners, min(size, *image.shape[2:]), keys)
     else:
         raise UserError(f"corruption {how!r}: use none, noise or shuffle")
     return torch.cat([ct, image[:, 1:]], dim=1)
@@ -162,12 +169,13 @@ class PatchDataset(Dataset):
     (2/3 is the paper's 2:1), else, and always in patients without tumor, on a voxel without tumor.
 
     Item: a dict of "image" (2, D, H, W), float32; "label" (1, D, H, W), int64; "tumor", float32,
-    whether the patch holds any; "key", int64, the seed of its corruption.
+    whether the patch holds any; "key", int64, the seed of its corruption; with cubes (their side
+    and number) also "corners" (number, 3), int64, of those that the corruption shuffles.
     """
 
     def __init__(
         self, cases: list[CachedCase], patch, length: int, seed=0, aug=Augmentation(),
-        foreground_fraction=2 / 3, patches_per_case=1,
+        foreground_fraction=2 / 3, patches_per_case=1, cubes: tuple[int, int] | None = None,
     ):
         self.cases = cases
         self.patch = tuple(patch)
@@ -176,6 +184,7 @@ class PatchDataset(Dataset):
         self.aug = aug
         self.foreground_fraction = foreground_fraction
         self.patches_per_case = patches_per_case
+        self.cubes = cubes
 
     def __len__(self) -> int:
         return self.length
@@ -189,12 +198,16 @@ class PatchDataset(Dataset):
         rng = random_stream(self.seed, 2, n)
         center = self._center(case, rng)
         image, label = read_patch(case, center, self.patch, draw_augmentation(rng, self.aug))
-        return {
+        key = int(rng.integers(2**62))
+        item = {
             "image": torch.from_numpy(image),
             "label": torch.from_numpy(label)[None].long(),
             "tumor": torch.tensor(float((label > 0).any())),
-            "key": torch.tensor(int(rng.integers(2**62))),
+            "key": torch.tensor(key),
         }
+        if self.cubes:
+            item["corners"] = torch.from_numpy(draw_corners(key, self.patch, *self.cubes))
+        return item
 
     def _center(self, case: CachedCase, rng: np.random.Generator) -> np.ndarray:
         """Draw a voxel of tumor, or one without: any voxel if 20 draws find only tumor."""

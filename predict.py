@@ -36,6 +36,7 @@ from config import FIELDS, Config, Parser, check_value, use_kernels
 from data import Case, find_brain, find_petct, label_to_grid, load_images
 from evaluate import evaluate_case, print_table, read_truth, write_table
 from files import CannotWrite, UserError, atomic_write, read_header, run_program, same_grid
+from graph import Graph
 from mirror_unet import BrainOutput
 
 
@@ -143,7 +144,8 @@ def autocast(device: str, amp: str) -> torch.autocast:
 
 
 def predict_image(
-    model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), amp="off", title=None
+    model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), amp="off", title=None,
+    graph=False,
 ) -> tuple[Tensor, float | None]:
     """Probability maps (K, D, H, W) of a preprocessed study, and the patient's score.
 
@@ -154,20 +156,27 @@ def predict_image(
         size, overlap, batch, title: as for `sliding_window`. amp: as for `autocast`.
         flip_axes: average over the mirror images along all combinations of these axes (test-time
             augmentation); give only axes that training mirrored too.
+        graph: replay the batches as a CUDA graph, see graph.py.
     """
     scores: list[Tensor] = []
     counts = range(len(flip_axes) + 1)
     flips = [[2 + axis for axis in some] for n in counts for some in combinations(flip_axes, n)]
 
-    def predict(x: Tensor) -> Tensor:
+    def mean_of_flips(x: Tensor) -> tuple[Tensor, Tensor]:
         mean, score = x.new_zeros(()), x.new_zeros(())
         for flip in flips:
             prob, tumor = foreground_probability(model, x.flip(flip))
             mean = mean + prob.flip(flip) / len(flips)
             if tumor is not None:
                 score = score + tumor / len(flips)
+        return mean, score
+
+    run = Graph(mean_of_flips, image.device, rows=True) if graph else mean_of_flips
+
+    def predict(x: Tensor) -> Tensor:
+        mean, score = run(x=x)
         if score.ndim:
-            scores.append(score)
+            scores.append(score.clone())  # a replay overwrites it
         return mean
 
     with evaluating(model), autocast(image.device.type, amp):
@@ -295,6 +304,7 @@ def predict_study(
             flip_axes=d.flip_axes if d.flips else (),
             amp=d.amp if torch.device(device).type == "cuda" else "off",
             title=case.name,
+            graph=d.graph,
         )
         prob = prob + one.div_(len(models))
         scores += [] if score is None else [score]
@@ -348,6 +358,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--overlap", type=float, help="overlap of windows, 0 to 0.9 (the run's)")
     add("--batch", type=int, help="windows at a time (the run's)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--graph", action="store_true", help="on CUDA: replay batches of windows as a CUDA graph")
     add("--device", default=default, help=f"cpu | cuda | cuda:1 ... ({default})")
     add("--kernels", default="", help="auto | triton | plain (MIRROR_UNET_KERNELS, else auto)")
     a = parser.parse_args(argv)
@@ -363,6 +374,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {a.device}: PyTorch sees no CUDA device here; use --device cpu")
+    if a.graph and a.device == "cpu":
+        raise UserError("--graph: CUDA graphs need --device cuda; leave it out")
     return a
 
 
@@ -404,13 +417,14 @@ def find_cases(a: argparse.Namespace, task: str) -> list[tuple[Case, Path]]:
 def main(argv: list[str]) -> None:
     """Checkpoints and files -> masks. Raises UserError for what users can fix."""
     a = parse_arguments(argv)
+    torch.backends.cudnn.benchmark = True  # all windows have one shape
     models = [load_model(path, a.device) for path in a.checkpoint]
     c = models[0][1]
     for path, (_, d) in zip(a.checkpoint, models):
         if (d.preprocessing, d.targets) != (c.preprocessing, c.targets):
             problem = f"other preprocessing or targets than {a.checkpoint[0]}"
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
-    names = ("threshold", "flips", "overlap", "batch")
+    names = ("threshold", "flips", "overlap", "batch", "graph")
     options = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
     cases = find_cases(a, c.task)
     rows, tiles, failed = [], [], []

@@ -43,6 +43,7 @@ import patches
 import phantom
 from config import SYSTEM, Config, as_argument, parse_config
 from files import Interrupts, UserError, atomic_write, clean_parts, run_program, writing
+from graph import Graph, read_later
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
 
@@ -106,7 +107,8 @@ def build_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
     # Reconstruction has a small weight in the loss: its gradients in deep layers, about 1e-8, would
     # be small next to PyTorch's eps of 1e-8, and its layers learn three times more slowly.
     eps = 1e-8 if c.norm == "batch" else 1e-12
-    return adam(weights, lr, eps=eps, weight_decay=decay, fused=True)
+    more = dict(eps=eps, fused=True, capturable=c.graph)
+    return adam(weights, lr, weight_decay=decay, **more)
 
 
 def learning_rate(c: Config, t: float) -> float:
@@ -147,12 +149,17 @@ class Run:
             preset=c.task, lambda_seg=c.lambda_seg, lambda_rec=c.lambda_rec,
             lambda_cls=c.lambda_cls, sync=parallel.size() > 1, tasks=self.model.tasks,
         )
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same
         self.optimizer = build_optimizer(c, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.amp == "fp16")
         self.patches = patches.PatchDataset(
             train, c.patch, c.steps * self.batch_of_all, c.random_seed, c.augmentation,
             c.foreground_fraction, c.patches_per_case,
+            cubes=(c.cube, c.cubes) if c.corrupt == "shuffle" else None,
         )
+        self.graph = Graph(self.learn, self.device) if c.graph else None
+        self.rates: Any = torch.zeros(2, device=self.device).unbind() if c.graph else (c.lr, 1.0)
+        self.late: Any = None  # reads the numbers of the last step, with a graph
         self.step = 0
         self.seen = 0  # patches
         self.seconds = 0.0  # spent on steps
@@ -186,6 +193,7 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write a checkpoint atomically."""
+        self.note_late()
         if parallel.rank() == 0:
             buffer = io.BytesIO()  # torch.save has its own errors for a full disk
             torch.save(self.state(), buffer)
@@ -216,6 +224,8 @@ class Run:
             self.ema_model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            for group in self.optimizer.param_groups:
+                group["capturable"] = self.c.graph
         except (ValueError, RuntimeError) as e:
             why = " ".join(str(e).split())[:160]
             raise UserError(f"{path}: does not fit this version's network: {why}") from None
@@ -246,35 +256,77 @@ class Run:
         return min(1.0, max(self.step / self.c.steps, spent))
 
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """One step on a batch of the loader; returns the total loss and its parts."""
+        """One step on a batch of the loader; returns the total loss and its parts.
+
+        With --graph they are those of the step before, whose "step" they name, or {} at first: the
+        host prepares the next step meanwhile instead of waiting for this one.
+        """
         c = self.c
-        keys = batch["key"]
+        keys, corners = batch["key"], batch.get("corners")
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        batch = patches.make_targets(batch, c.task)
-        x = patches.corrupt_ct(batch["image"], c.corrupt, keys, c.cube, c.cubes, c.sigma)
+        more = (c.cube, c.cubes, c.sigma, corners)
+        x = patches.corrupt_ct(batch["image"], c.corrupt, keys, *more)
         if c.channels_last:
             x = x.contiguous(memory_format=torch.channels_last_3d)
         lr = learning_rate(c, self.progress())
+        decay = min(c.ema, (1 + self.step) / (10 + self.step))  # forget the start quickly
+        if self.graph:
+            for rate, value in zip(self.rates, (lr, 1 - decay)):
+                rate.fill_(value)
+        else:
+            self.rates = (lr, 1 - decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.rates[0]
         torch.manual_seed(hash((c.random_seed, self.step)) & 0x7FFFFFFF)  # of (seed, step) alone
         self.model.turn = self.step % 2  # valindria trains the modalities in turns
+        inputs = {name: batch[name] for name in ("image", "label", "tumor")} | {"x": x}
+        if not self.graph:
+            numbers = self.learn(**inputs).double()
+            numbers = parallel.mean(numbers).tolist()  # one transfer from the GPU
+            return dict(zip(self.names, numbers)) | {"lr": lr}
+        read, before = read_later(self.graph(**inputs)), self.late
+        more = {"lr": lr, "step": self.step + 1}
+        self.late = lambda: dict(zip(self.names, read())) | more
+        return before() if before else {}
+
+    def learn(self, x: Tensor, image: Tensor, label: Tensor, tumor: Tensor) -> Tensor:
+        """The device's part of a step: forward, loss, backward, optimizer, moving average.
+
+        Returns the total loss, its parts and the gradient's norm: the numbers of `self.names`. With
+        --graph this is what is recorded: nothing here may ask the host.
+        """
+        c = self.c
+        batch = {"image": image, "label": label, "tumor": tumor}
         with autocast(self.device.type, c.amp):
             outputs = self.forward(x)
-        loss, parts = self.loss(outputs, batch)
+        loss, parts = self.loss(outputs, patches.make_targets(batch, c.task))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
+        if self.graph:  # the host sees too late that a number is not finite: change no weight then
+            finite = (loss.detach() + norm).isfinite()
+            self.optimizer.found_inf = 1 - finite.float()  # type: ignore
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if c.ema:
-            decay = min(c.ema, (1 + self.step) / (10 + self.step))  # forget the start quickly
-            lerp = torch._foreach_lerp_  # type: ignore
-            lerp(self.ema_tensors, self.model_tensors, 1 - decay)
-        numbers = torch.stack([loss.detach(), *parts.values(), norm])
-        numbers = parallel.mean(numbers.double()).tolist()  # one transfer from the GPU
-        return dict(zip(["loss", *parts, "grad_norm"], numbers)) | {"lr": lr}
+            move(self.ema_tensors, self.model_tensors, self.rates[1])
+        self.names = ("loss", *parts, "grad_norm")
+        return torch.stack([loss.detach(), *parts.values(), norm])
+
+    def note(self, row: dict) -> None:
+        """Log a step's row. Raises UserError if its loss is not finite."""
+        row = {"step": self.step, "seconds": round(self.seconds, 3), **row}
+        if not math.isfinite(row["loss"]) and not self.scaler.is_enabled():
+            problem = f"the loss is {row['loss']} at step {row['step']}"
+            raise UserError(f"{problem}: try a smaller --lr, or --amp off")
+        self.log(row)
+
+    def note_late(self) -> None:
+        """With --graph: log the last step, too."""
+        late, self.late = self.late, None
+        if late:
+            self.note(late())
 
     def batches(self) -> DataLoader:
         """The batches of this process, from patch number `seen` on."""
@@ -307,14 +359,12 @@ class Run:
                 self.seen += self.batch_of_all
                 spent = self.seconds + time.monotonic() - start
                 self.seconds, stopping = parallel.largest(spent, float(interrupts.asked))
-                if not math.isfinite(row["loss"]) and not self.scaler.is_enabled():
-                    problem = f"the loss is {row['loss']} at step {self.step}"
-                    raise UserError(f"{problem}: try a smaller --lr, or --amp off")
-                self.log({"step": self.step, "seconds": round(self.seconds, 3), **row})
                 bar.update(int(1000 * self.progress()) - bar.n)
-                dice = next(v for k, v in row.items() if k.endswith("_dice"))
-                numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
-                bar.set_postfix_str(f"step {self.step}  {numbers}")
+                if row:
+                    self.note(row)
+                    dice = next(v for k, v in row.items() if k.endswith("_dice"))
+                    numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
+                    bar.set_postfix_str(f"step {row.get('step', self.step)}  {numbers}")
                 due = int(self.progress() * c.validations)
                 if due > validated and self.progress() < 1:
                     validated = due
@@ -345,6 +395,7 @@ class Run:
 
     def validate(self, last: bool) -> None:
         """Score every held-out case on its original grid; the last time, also report and draw."""
+        self.note_late()
         targets = self.c.targets
         rows = []  # a list per case
         mine = self.val_cases[parallel.rank() :: parallel.size()]
@@ -417,6 +468,16 @@ class Run:
             "spacing": voxel_sizes(case.affine),
             "reconstructions": reconstruct(self.ema_model, image, c.patch, c.overlap, c.batch),
         }
+
+
+def move(means: list[Tensor], tensors: list[Tensor], share: float | Tensor) -> None:
+    """Move the means by a share of the way to the tensors: m <- m + share (t - m)."""
+    if isinstance(share, Tensor):  # `lerp` takes only a number, which a graph would never change
+        ways = torch._foreach_sub(tensors, means)
+        torch._foreach_mul_(ways, share)
+        torch._foreach_add_(means, ways)
+    else:
+        torch._foreach_lerp_(means, tensors, share)  # type: ignore
 
 
 def averaged(model: nn.Module) -> list[Tensor]:

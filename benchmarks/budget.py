@@ -44,11 +44,10 @@ VECTOR_BITS = {  # of (loads, stores), if not 128
     "_merge_sums": (0, 0),
     # kernels that read the volume and write only such sums
     "_sums_kernel": (128, 0),
-    "_tile_stats": (128, 0),
-    "_tile_sums": (128, 0),
 }
-# Three adjacent channels per voxel: the voxels of a thread are not a whole number of vectors.
-UNALIGNED = re.compile(r"dice_ce .*C=3 .*channels_last")
+# Three adjacent channels per voxel, and channels of 6^3 voxels: not all of a thread's addresses are
+# known to be multiples of 16 bytes.
+UNALIGNED = re.compile(r"dice_ce .*C=3 .*channels_last|norm_act.* NCDHW 6\^3")
 FIELDS = (
     "kernel", "target", "registers", "spilled", "shared",
     "load_widest", "load_narrowest", "store_widest", "store_narrowest",
@@ -85,29 +84,42 @@ def dice_ce_launches() -> list[dict]:
 
 
 def norm_act_launches() -> list[dict]:
-    """The launches of norm_act: float32 and bfloat16, both layouts, channels of every level."""
+    """The launches of norm_act: float32 and bfloat16, both layouts, channels of every level.
+
+    Small instances take one launch forward and two backward, others three, and one more forward
+    launch if the statistics are known.
+    """
     norm_act = import_module("kernels.norm_act")
-    sizes = ((1, 96), (2, 96), (16, 48), (64, 24), (256, 16))
+    sizes = ((1, 96), (2, 96), (16, 48), (64, 24), (256, 16), (64, 12), (256, 6))
     launches = []
     for dtype, layout, (c, side) in product((torch.float32, torch.bfloat16), LAYOUTS, sizes):
         x = torch.empty((2, c, side, side, side), dtype=dtype, device="meta")
         x = x.to(memory_format=LAYOUTS[layout])
         weight = bias = torch.empty(c, device="meta")
         slope = torch.empty(1, device="meta")
-        y, stats = norm_act._forward_outputs(x)
-        steps = norm_act._forward_launches(x, weight, bias, slope, 1.0, x, 1e-5, y, stats)
-        given = (x, x, weight, bias, slope, 1.0, stats)
-        steps += norm_act._backward_launches(*given, *norm_act._backward_outputs(*given))
+        _, stats = norm_act._forward_outputs(x)
+        given = (x, weight, bias, slope)
+        steps = norm_act._forward_launches(1.0, 1e-5, *given, x)
+        if len(steps) == 1:
+            steps += norm_act._forward_launches(1.0, 1e-5, *given, x, stats)
+        steps += norm_act._backward_launches(1.0, x, *given, stats)
         for kernel, _, arguments in steps:
-            name = f"norm_act{kernel.__name__} {short(dtype)} {layout} C={c}"
-            launches.append({"name": name, "kernel": kernel, "arguments": arguments})
+            name = kernel.__name__
+            bits = VECTOR_BITS.get(name, (128, 128))
+            if not arguments.get("WRITE", True):  # it writes only sums
+                name, bits = {"_forward": "_tile_stats"}.get(name, "_tile_sums"), (128, 0)
+            elif arguments.get("REDUCE"):
+                name += " whole"
+            name = f"norm_act{name} {short(dtype)} {layout} {side}^3 C={c}"
+            launch = {"name": name, "kernel": kernel, "arguments": arguments}
+            launches.append(launch | {"vector_bits": bits})
     return launches
 
 
 def voxel_shuffle_launches() -> list[dict]:
     """The launches of voxel_shuffle: elements of 1, 2 and 4 bytes, both layouts, a strided view."""
     voxel_shuffle = import_module("kernels.voxel_shuffle")
-    cubes = torch.empty(2, 3, 4, dtype=torch.int64, device="meta")
+    cubes = torch.empty(2, 3 * 3 + 1, dtype=torch.int64, device="meta")
     cases = [(dtype, name, True) for dtype in (torch.float32, torch.bfloat16) for name in LAYOUTS]
     cases += [(torch.uint8, "NCDHW", True), (torch.float32, "NCDHW", False)]
     launches = []
@@ -150,10 +162,9 @@ def budget(op: str, index: int, target: str) -> dict:
     registers, spilled, shared, loads, stores = compiled(kernel, launch["arguments"], target)
     values = (name, target, registers, spilled, shared, *extremes(loads), *extremes(stores))
     row = dict(zip(FIELDS, values))
-    wanted = VECTOR_BITS.get(kernel.__name__, (128, 128))
+    wanted = launch.get("vector_bits", VECTOR_BITS.get(kernel.__name__, (128, 128)))
     if UNALIGNED.match(name):
         wanted = (0, 0)
-    wanted = launch.get("vector_bits", wanted)
     if isinstance(wanted, int):
         wanted = (wanted, wanted)
     wide = row["load_widest"] >= wanted[0] and row["store_widest"] >= wanted[1]

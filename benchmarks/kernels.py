@@ -6,8 +6,10 @@ Runs on a GPU if there is one, else the plain paths on the CPU. Each row is one 
 layout, pass (fwd, bwd, full) and contender. Contenders take turns, and a row's time is the median
 of its turns; `ratio` is that time over ours (above 1: ours is faster). On a GPU also: `share`, the
 bandwidth over that of a device-to-device copy, computed from the bytes that the maths needs (the
-least, whatever the contender really moves), and `peak_mib`, the memory that a call allocates on top
-of its inputs. Rows are appended to the CSV with the device's name, versions and commit.
+least, whatever the contender really moves); `peak_mib`, the memory that a call allocates on top of
+its inputs; `graph_ms`, the time of a CUDA graph of the call, which the host cannot slow down (empty
+if the call waits for the GPU, which a graph cannot hold). Rows are appended to the CSV with the
+device's name, versions and commit.
 """
 
 import argparse
@@ -33,7 +35,7 @@ SHAPES = {
 QUICK = {op: [(2, shapes[0][1], 16, 16, 16)] for op, shapes in SHAPES.items()}
 FIELDS = (
     "device", "torch", "triton", "commit", "op", "shape", "dtype", "layout", "pass", "what",
-    "ms", "ratio", "share", "peak_mib",
+    "ms", "ratio", "share", "peak_mib", "graph_ms",
 )
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -96,6 +98,26 @@ def peak_mib(call) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def graph_milliseconds(function, args: tuple) -> dict[str, float | str]:
+    """Times of the three passes as CUDA graphs; "" for a pass that cannot be captured."""
+    times = {}
+    stream = torch.cuda.Stream()  # of all, because backward runs on the stream of forward
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for which, call in passes(function, args).items():
+            for _ in range(3):
+                call()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    call()
+                times[which] = round(milliseconds(graph.replay, True), 4)
+            except RuntimeError:
+                times[which] = ""
+    torch.cuda.current_stream().wait_stream(stream)
+    return times
+
+
 def copy_bandwidth() -> float:
     """Bytes per millisecond of a device-to-device copy of 1 GiB, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -114,7 +136,7 @@ def run(shapes: dict, ops=OPS, turns: int = 7, compiled: bool = True) -> tuple[l
         missing += absent
         functions.pop("ours plain" if cuda else "ours Triton")
         if compiled and op != "voxel_shuffle":
-            functions["torch.compile"] = torch.compile(functions["eager"])
+            functions["torch.compile"] = torch.compile(functions["eager"], dynamic=False)
         for shape in shapes[op]:
             for dtype in dtypes:
                 least = least_bytes(op, shape, dtype.itemsize)
@@ -122,6 +144,7 @@ def run(shapes: dict, ops=OPS, turns: int = 7, compiled: bool = True) -> tuple[l
                     row = {"op": op, "shape": "x".join(map(str, shape))}
                     row |= {"dtype": str(dtype).removeprefix("torch."), "layout": layout}
                     args = arguments(op, shape, dtype, layout, "cuda" if cuda else "cpu")
+                    torch._dynamo.reset()  # after eight recompilations it would run eager code
                     measured = compare(functions, args, least, turns, bandwidth)
                     rows += [row | one for one in measured]
     return rows, missing
@@ -134,6 +157,9 @@ def compare(functions: dict, args: tuple, least: dict, turns: int, bandwidth: fl
     """
     cuda = bandwidth is not None
     calls = {name: passes(function, args) for name, function in functions.items()}
+    graphs = {}
+    if cuda:
+        graphs = {name: graph_milliseconds(f, args) for name, f in functions.items()}
     rows = []
     for which in ("fwd", "bwd", "full"):
         for call in calls.values():
@@ -149,6 +175,7 @@ def compare(functions: dict, args: tuple, least: dict, turns: int, bandwidth: fl
             if cuda:
                 row["share"] = round(least[which] / ms / bandwidth, 3)
                 row["peak_mib"] = round(peak_mib(calls[name][which]), 2)
+                row["graph_ms"] = graphs[name][which]
             rows.append(row)
     return rows
 
@@ -185,9 +212,11 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     left = "{:18} {:14} {:9} {:14} {:5} {:14}"
     head = left.format("op", "shape", "dtype", "layout", "pass", "what")
-    print(f"{head} {'ms':>9} {'ratio':>7} {'share':>6} {'MiB':>8}")
+    print(f"{head} {'ms':>9} {'ratio':>7} {'share':>6} {'MiB':>8} {'graph ms':>9}")
     for r in rows:
-        gpu = f"{r['share']:6.2f} {r['peak_mib']:8.1f}" if "share" in r else ""
+        gpu = ""
+        if "share" in r:
+            gpu = f"{r['share']:6.2f} {r['peak_mib']:8.1f} {r['graph_ms']:>9}"
         head = left.format(r["op"], r["shape"], r["dtype"], r["layout"], r["pass"], r["what"])
         print(f"{head} {r['ms']:9.3f} {r['ratio']:7.2f} {gpu}")
     if missing:

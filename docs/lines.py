@@ -21,6 +21,7 @@ CORE = {
     "data.py": "NIfTI files → cases → preprocessed cache → folds",
     "patches.py": "cached cases → augmented patches; corruption of the CT",
     "config.py": "every option of a run, the presets, and what they mean",
+    "graph.py": "a training step, or a batch of windows, replayed as a CUDA graph",
     "train.py": "the training loop, validation, checkpoints, the run folder",
     "predict.py": "sliding window, ensembles, masks on the input's own grid",
     "evaluate.py": "masks against truth: rows per case, means, tables",

@@ -10,7 +10,8 @@ chooses: Triton for CUDA tensors (and for CPU tensors under TRITON_INTERPRET=1, 
 interpreter, for tests), plain PyTorch for all others. `use("triton")` or `use("plain")`, or the
 environment variable MIRROR_UNET_KERNELS, asks for one of them: an error if it cannot run.
 
-Each file stands alone (it needs torch, and triton for the fast path): copy it into your project.
+Each file stands alone (it needs torch, and triton for the fast path): copy it into your project,
+where the function of the file's name chooses by the tensor's device alone.
 """
 
 import os
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .dice_ce import dice_ce_plain, dice_ce_ref, dice_ce_triton
-from .norm_act import norm_act_plain, norm_act_ref, norm_act_triton
+from .norm_act import NormAct, norm_act_plain, norm_act_ref, norm_act_triton
 from .voxel_shuffle import voxel_shuffle_plain, voxel_shuffle_ref, voxel_shuffle_triton
 
 try:
@@ -33,7 +34,7 @@ _choice = os.environ.get("MIRROR_UNET_KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, reads it once, when imported
 
 _ASKED = "Triton kernels were asked for, but"
-__all__ = ["dice_ce", "norm_act", "voxel_shuffle", "use"]
+__all__ = ["dice_ce", "norm_act", "voxel_shuffle", "use", "NormAct"]
 __all__ += ["dice_ce_ref", "norm_act_ref", "voxel_shuffle_ref"]
 
 
@@ -68,20 +69,21 @@ def _on_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED and triton is not None
 
 
-def dice_ce(
-    logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
-    dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False,
-) -> tuple[Tensor, Tensor]:
+def dice_ce(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
     """(loss, soft Dice per class); `dice_ce_ref` explains the arguments."""
     path = dice_ce_triton if _on_triton(logits) else dice_ce_plain
-    options = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
-    return path(logits, target, *options, class_weight, ignore_index, sync)
+    return path(logits, target, *options, **named)
 
 
-def norm_act(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
-    """Instance norm, affine, PReLU, + residual; `norm_act_ref` explains the arguments."""
-    path = norm_act_triton if _on_triton(x) else norm_act_plain
-    return path(x, weight, bias, slope, residual, eps)
+def norm_act(x, *options, **named) -> Tensor:
+    """Instance norm, affine, PReLU, + residual; `norm_act_ref` explains the arguments.
+
+    `norm_act_triton` has one more, `stats`: what an earlier call kept in y.known["stats"].
+    """
+    if _on_triton(x):
+        return norm_act_triton(x, *options, **named)
+    named.pop("stats", None)
+    return norm_act_plain(x, *options, **named)
 
 
 def voxel_shuffle(x, corners, size, seed, inverse=False) -> Tensor:

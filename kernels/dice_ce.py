@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT, (c) 2026 the Mirror U-Net from scratch contributors
+# Needs torch >= 2.8 and, for its kernels, triton >= 3.4; nothing else.
 """Soft Dice + cross entropy, the segmentation loss of every system here, in one pass each way.
 
 With p = softmax(logits) over C classes, t the one-hot labels, w_c class weights and sums over the
@@ -54,6 +56,12 @@ have other strides: they are read in place, without a copy, but also without wid
 Stage one sums over tiles: each program of a sample writes its 4 C partial sums. Stage two, a
 single program, adds these in a fixed order in float64 and computes loss, Dice and coefficients.
 There are no atomics, so equal inputs give equal bits. With the backward pass: three launches.
+
+Several labels per voxel (sigmoid=True, for regions that overlap): p = sigmoid(logits), each t_cv is
+0 or 1, and N_c sums the binary cross entropy. It is divided by the number of voxels V_c, a fifth
+sum, instead of T_c. No class is the background, and each has its own derivative:
+
+    d loss / d l_cv = p_cv (1 - p_cv) (a_c + b_c t_cv) + v_c (p_cv - t_cv)
 """
 
 from itertools import pairwise
@@ -75,7 +83,7 @@ def dice_ce_ref(
     logits: Tensor, target: Tensor, include_background: bool = False, batch: bool = True,
     smooth_nr: float = 1e-5, smooth_dr: float = 1e-5, dice_weight: float = 1.0,
     ce_weight: float = 1.0, class_weight: Tensor | None = None, ignore_index: int | None = None,
-    sync: bool = False, upcast: bool = False,
+    sync: bool = False, sigmoid: bool = False, upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The loss in plain PyTorch, differentiated by autograd: the reference for the fast paths.
 
@@ -88,6 +96,9 @@ def dice_ce_ref(
         group, the same on each. Its gradient is multiplied by their number, because
         DistributedDataParallel averages gradients: N processes then equal one with the N-fold
         batch. batch=False needs equally large batches on all processes.
+    sigmoid: C >= 1 independent labels per voxel, with binary cross entropy. The target then has the
+        shape of the logits (if C = 1, the classes' axis may be missing) and holds 0, 1, or
+        ignore_index, per class; floating dtypes are accepted, too. All classes are in the mean.
 
     Returns (loss, dice): a scalar, and the detached soft Dice of all C classes with background:
     (C,), or (B, C) for this process's samples with batch=False. If every voxel is ignored, the
@@ -95,25 +106,34 @@ def dice_ce_ref(
     outside [0, C) that is not ignore_index; so does `dice_ce_plain`. In `dice_ce_triton`, where
     checking labels would make the host wait for the GPU, such a label makes loss and gradient NaN.
     """
-    target = _checked(logits, target, class_weight, sync).long()
+    target = _checked(logits, target, class_weight, sync, sigmoid)
     # Half precision would overflow in the sums over a volume, so convert before anything else.
     logits = logits.to(torch.float64 if upcast else _accumulator(logits.dtype))
-    log_p = F.log_softmax(logits, dim=1)
-    valid = torch.ones_like(target, dtype=torch.bool)  # (B, D, H, W)
+    valid = torch.ones_like(target, dtype=logits.dtype)  # (B, D, H, W), sigmoid: (B, C, D, H, W)
     if ignore_index is not None:
-        valid = target != ignore_index
-    label = torch.where(valid, target, 0).unsqueeze(1)  # (B, 1, D, H, W)
-
-    p = log_p.exp() * valid.unsqueeze(1)
-    one_hot = torch.zeros_like(log_p).scatter_(1, label, 1.0) * valid.unsqueeze(1)
+        valid = (target != ignore_index).to(logits.dtype)
+    label = torch.where(valid > 0, target, 0)
+    wrong = (label < 0) | (label >= (2 if sigmoid else logits.shape[1])) | (label != label.long())
+    if wrong.any():
+        raise ValueError(_label_error(target[wrong][0], logits.shape[1], ignore_index, sigmoid))
+    if sigmoid:
+        one_hot = label * valid
+        p = logits.sigmoid() * valid
+        nll = -F.logsigmoid(logits * (2 * one_hot - 1))
+        weight = valid
+    else:
+        log_p = F.log_softmax(logits, dim=1)
+        label, valid = label.long().unsqueeze(1), valid.unsqueeze(1)  # (B, 1, D, H, W)
+        one_hot = torch.zeros_like(log_p).scatter_(1, label, 1.0) * valid
+        p = log_p.exp() * valid
+        nll, weight = -log_p, one_hot
     spatial = list(range(2, logits.dim()))
     axes = [0, *spatial] if batch else spatial
     intersection = (p * one_hot).sum(axes)
     total = p.sum(axes) + one_hot.sum(axes)
-    weight = valid.to(log_p.dtype)  # (B, D, H, W)
     if class_weight is not None:
-        weight = weight * class_weight.to(log_p)[label.squeeze(1)]
-    nll = -(log_p.gather(1, label).squeeze(1) * weight).sum()
+        weight = weight * class_weight.to(p).view(-1, *[1] * len(spatial))
+    nll = torch.where(weight == 0, 0, nll * weight).sum()
     weight = weight.sum()
 
     if sync:
@@ -124,31 +144,42 @@ def dice_ce_ref(
         if batch:
             intersection, total = all_reduce(intersection), all_reduce(total)
     dice = (2 * intersection + smooth_nr) / (total + smooth_dr)
-    dice_loss = (1 - (dice if include_background else dice[..., 1:])).mean()
+    dice_loss = (1 - (dice if include_background or sigmoid else dice[..., 1:])).mean()
     if sync and not batch:
         dice_loss = all_reduce(dice_loss) / dist.get_world_size()
-    cross_entropy = nll / weight.clamp_min(torch.finfo(log_p.dtype).tiny)
+    cross_entropy = nll / weight.clamp_min(torch.finfo(p.dtype).tiny)
     return dice_weight * dice_loss + ce_weight * cross_entropy, dice.detach()
 
 
-def _checked(logits: Tensor, target: Tensor, class_weight: Tensor | None, sync: bool) -> Tensor:
-    """The labels as (B, D, H, W), bool as uint8, if all arguments fit."""
-    if target.dim() == logits.dim():
+def _checked(logits, target, class_weight, sync, sigmoid) -> Tensor:
+    """The labels as (B, D, H, W), sigmoid: (B, C, D, H, W), bool as uint8, if all arguments fit."""
+    shape, given = tuple(logits.shape), tuple(target.shape)
+    if sigmoid and shape[1:2] == (1,) and target.dim() == logits.dim() - 1:
+        target = target.unsqueeze(1)
+    elif not sigmoid and target.dim() == logits.dim():
         target = target.squeeze(1)
-    shape, labels = tuple(logits.shape), tuple(target.shape)
-    if len(shape) < 3 or shape[1] < 2 or labels != shape[:1] + shape[2:]:
+    wanted = shape if sigmoid else shape[:1] + shape[2:]
+    if len(shape) < 3 or shape[1] < (1 if sigmoid else 2) or tuple(target.shape) != wanted:
         expected = "need C >= 2 and labels of shape (B, 1, ...) or (B, ...)"
-        raise ValueError(f"logits {shape} {expected}, got {labels}")
+        if sigmoid:
+            expected = "with sigmoid=True need labels of the same shape (B, C, ...)"
+        raise ValueError(f"logits {shape} {expected}, got {given}")
     if not logits.is_floating_point():
         raise ValueError(f"logits: expected a floating dtype, got {logits.dtype}")
-    if target.is_floating_point():
-        raise ValueError(f"target: expected integer labels, got {target.dtype}")
+    if target.is_floating_point() and not sigmoid:
+        raise ValueError(f"target: expected integer labels, got {target.dtype}; pass target.long()")
     if class_weight is not None and class_weight.shape != shape[1:2]:
         found = tuple(class_weight.shape)
         raise ValueError(f"class_weight: expected one weight per class, {shape[1:2]}, got {found}")
     if sync and not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sync=True: call torch.distributed.init_process_group first")
     return target.view(torch.uint8) if target.dtype == torch.bool else target
+
+
+def _label_error(label, classes: int, ignore_index: int | None, sigmoid: bool) -> str:
+    """What to say about a label that is not allowed."""
+    allowed = "be 0 or 1" if sigmoid else f"lie in [0, {classes})"
+    return f"target: labels must {allowed}, or be ignore_index ({ignore_index}); got {label}"
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -160,24 +191,20 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 SLAB = 1 << 18  # logits per slab on a CPU: they fit the cache of a thread
 
 
-def dice_ce_plain(
-    logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
-    dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False,
-) -> tuple[Tensor, Tensor]:
+def dice_ce_plain(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
     """`dice_ce_ref` with the backward pass derived above, in PyTorch; first derivatives only.
 
     Made for CPUs. It also runs on a GPU, but waits for it, because it checks labels on the host.
     """
-    settings = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
-    return _call(False, logits, target, class_weight, *settings, ignore_index, sync)
+    return _call(False, logits, target, *options, **named)
 
 
 def _slabs(logits, target, ignore_index):
     """Walk through a batch in slabs along the first spatial axis, which fit the cache of a CPU.
 
-    Yields the sample, the slab (a slice), logits x (C, d, H, W), labels y (d, H, W), 0 if ignored,
-    and valid (d, H, W), 0 if ignored, else 1, or None if no voxel can be ignored. x, y and valid
-    have the dtype of the arithmetic.
+    Yields the slab's place in the target, its place in the logits, logits x (C, d, H, W), labels y
+    (d, H, W) or, with sigmoid, (C, d, H, W), 0 if ignored, and valid like y, 0 if ignored, else 1,
+    or None if no voxel can be ignored. x, y and valid have the dtype of the arithmetic.
     """
     samples, c, depth = logits.shape[:3]
     step = max(1, depth)
@@ -185,33 +212,39 @@ def _slabs(logits, target, ignore_index):
         size = SLAB if torch.get_num_threads() == 1 else 4 * SLAB  # waking threads costs time, too
         step = max(1, size // max(1, c * logits.shape[3:].numel()))
     dtype = _accumulator(logits.dtype)
-    limits = torch.iinfo(target.dtype)  # an ignore_index of -1 must not match the uint8 label 255
+    limits = torch.finfo if target.is_floating_point() else torch.iinfo
+    limits = limits(target.dtype)  # an ignore_index of -1 must not match the uint8 label 255
     ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max
     for sample in range(samples):
         for start in range(0, depth, step):
             slab = slice(start, start + step)
-            x = logits[sample, :, slab].to(dtype)
-            y = target[sample, slab].to(dtype)
-            valid = None
+            place = (sample, slice(None), slab)
+            where = place if target.dim() == logits.dim() else (sample, slab)
+            x, y, valid = logits[place].to(dtype), target[where].to(dtype, copy=True), None
             if ignores:
-                valid = (target[sample, slab] != ignore_index).to(dtype)
+                valid = (target[where] != ignore_index).to(dtype)
                 y *= valid
-            yield sample, slab, x, y, valid
+            yield where, place, x, y, valid
 
 
 def _sums_plain(logits, target, ignore_index, weighted) -> Tensor:
-    """I, P, T and N of every class and sample: (4, C, B) float64."""
+    """I, P, T, N (with sigmoid also V) of every class and sample: (4 or 5, C, B) float64."""
     b, c = logits.shape[:2]
-    sums = torch.zeros(4, c, b, dtype=torch.float64, device=logits.device)
-    for sample, slab, x, y, valid in _slabs(logits, target, ignore_index):
+    sigmoid = target.dim() == logits.dim()
+    sums = torch.zeros(5 if sigmoid else 4, c, b, dtype=torch.float64, device=logits.device)
+    for where, (sample, *_), x, y, valid in _slabs(logits, target, ignore_index):
         low, high = y.aminmax()
-        if low < 0 or high >= c:
-            wrong = target[sample, slab][(y < 0) | (y >= c)][0]
-            allowed = f"labels must lie in [0, {c}), or be ignore_index ({ignore_index})"
-            raise ValueError(f"target: {allowed}; got {wrong}")
-        part = _two_class_sums(x, y, valid, weighted) if c == 2 else None
+        top = 2 if sigmoid else c
+        if low < 0 or high >= top or (target.is_floating_point() and (y != y.trunc()).any()):
+            wrong = target[where][(y < 0) | (y >= top) | (y != y.trunc())][0]
+            raise ValueError(_label_error(wrong, c, ignore_index, sigmoid))
+        part = _two_class_sums(x, y, valid, weighted) if c == 2 and not sigmoid else None
+        counts = torch.ones_like(y) if valid is None else valid
+        if sigmoid:
+            p = x.sigmoid() * counts
+            nll = F.logsigmoid(x * (2 * y - 1)) * -counts
+            part = torch.stack([_sum(rows.flatten(1)) for rows in (p * y, p, y, nll, counts)])
         if part is None:
-            counts = torch.ones_like(y) if valid is None else valid
             label = y.long()[None]  # (1, d, H, W)
             t = torch.zeros_like(x).scatter_(0, label, counts[None])
             log_p = F.log_softmax(x, 0)
@@ -234,14 +267,14 @@ def _finish_plain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From sums (4, C, G): loss (), Dice (G, C), and scale times the coefficients (2 G + 1, C):
     a and b of every group, then v."""
-    inter, p, t, nll = sums.transpose(1, 2)  # (G, C) each
+    inter, p, t, nll, *voxels = sums.transpose(1, 2)  # (G, C) each
     den = p + t + smooth_dr
     dice = (2 * inter + smooth_nr) / den
     scored = torch.ones_like(dice)
     scored[:, 0] = float(include_background)
     k = dice_weight * scored / scored.sum()
     w = torch.ones_like(nll[0]) if class_weight is None else class_weight.to(nll)
-    weight = (w * t).sum()
+    weight = (w * (voxels[0] if voxels else t)).sum()
     per_weight = torch.where(weight == 0, 0, 1 / weight)
     loss = (k * (1 - dice)).sum() + ce_weight * per_weight * (w * nll).sum()
     ab = torch.stack([k * dice / den, -2 * k / den], 1).flatten(0, 1)  # (2 G, C)
@@ -251,18 +284,22 @@ def _finish_plain(
 def _grad_plain(logits, target, coefficients, ignore_index) -> Tensor:
     """d loss / d logits, in the layout of the logits; the coefficients include grad_output."""
     grad = torch.empty_like(logits)
-    rows = coefficients[(...,) + (None,) * (target.dim() - 1)]  # (2 G + 1, C, 1, 1, 1)
-    for sample, slab, x, y, valid in _slabs(logits, target, ignore_index):
-        group = 2 * sample if len(rows) > 3 else 0
+    rows = coefficients[(...,) + (None,) * (logits.dim() - 2)]  # (2 G + 1, C, 1, 1, 1)
+    for _, place, x, y, valid in _slabs(logits, target, ignore_index):
+        group = 2 * place[0] if len(rows) > 3 else 0
         a, b, v = rows[group], rows[group + 1], rows[-1]
-        if len(x) == 2:
-            _two_class_grad(x, y, valid, a, b, v, out=grad[sample, :, slab])
+        if y.dim() == x.dim():  # sigmoid
+            p = x.sigmoid()
+            g = (a + b * y) * p * (1 - p) + v * (p - y)
+        elif len(x) == 2:
+            _two_class_grad(x, y, valid, a, b, v, out=grad[place])
             continue
-        t = torch.zeros_like(x).scatter_(0, y.long()[None], 1.0)
-        p = x.softmax(0)
-        g = a + b * t
-        g = p * (g - (p * g).sum(0)) + (v * t).sum(0) * (p - t)
-        grad[sample, :, slab] = g if valid is None else g * valid
+        else:
+            t = torch.zeros_like(x).scatter_(0, y.long()[None], 1.0)
+            p = x.softmax(0)
+            g = a + b * t
+            g = p * (g - (p * g).sum(0)) + (v * t).sum(0) * (p - t)
+        grad[place] = g if valid is None else g * valid
     return grad
 
 
@@ -327,20 +364,21 @@ PROGRAMS = 2048  # of stage one, at most (or one per sample); each loops over it
 WARPS = 8  # with four, ptxas spills 8 bytes in one kernel for sm_80
 
 
-def dice_ce_triton(
-    logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
-    dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False,
-) -> tuple[Tensor, Tensor]:
+def dice_ce_triton(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
     """`dice_ce_ref` in three launches: sums, loss, gradient (backward); first derivatives only."""
-    settings = (include_background, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
-    return _call(True, logits, target, class_weight, *settings, ignore_index, sync)
+    return _call(True, logits, target, *options, **named)
+
+
+def dice_ce(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
+    """`dice_ce_ref` by the path that fits the logits' device: a GPU's kernels, or plain PyTorch."""
+    return _call(logits.is_cuda and triton is not None, logits, target, *options, **named)
 
 
 if triton is not None:
     # In all kernels, a tile starts at voxel number `first` of a sample, and `count` of its BLOCK
     # voxels exist. CP is C, padded to a power of two; ACC is the dtype of the arithmetic.
-    # Strides are those of (B, D, H, W) and, except for the target's, C. FLAT: the spatial axes
-    # have one stride, that of W. INTERLEAVED: so have voxels and classes (channels_last_3d).
+    # Strides are those of (B, D, H, W) and, if a tensor has it, C. FLAT: the spatial axes have one
+    # stride, that of W. INTERLEAVED: so have the logits' voxels and classes (channels_last_3d).
 
     @triton.jit
     def _offsets(
@@ -360,9 +398,9 @@ if triton is not None:
 
     @triton.jit
     def _labels(target, offsets, mask, ignore_index):
-        """Labels, and which voxels count: (BLOCK,) each."""
+        """Labels, and which of them count, in the shape of the offsets."""
         y = tl.load(target + offsets, mask=mask, other=0)
-        if target.dtype.element_ty.primitive_bitwidth < 32:
+        if target.dtype.element_ty.is_int() and target.dtype.element_ty.primitive_bitwidth < 32:
             y = y.to(tl.int32)  # an ignore_index of -1 equals no uint8 label
         if ignore_index is not None:
             mask = mask & (y != ignore_index)
@@ -413,12 +451,12 @@ if triton is not None:
     def _sums_kernel(
         logits, logits_strides,  # (B, C, D, H, W)
         target, target_strides,  # (B, D, H, W)
-        partials,  # (4, C, B, programs), contiguous
+        partials,  # (4, C, B, programs), with sigmoid (5, ...), contiguous
         ignore_index, samples, n, height, width, programs, tiles,
-        C: tl.constexpr, CP: tl.constexpr, FLAT: tl.constexpr, INTERLEAVED: tl.constexpr,
-        INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+        C: tl.constexpr, CP: tl.constexpr, SIGMOID: tl.constexpr, FLAT: tl.constexpr,
+        INTERLEAVED: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """Stage one: I, P, T and N of every class, over `tiles` tiles of one sample."""
+        """Stage one: I, P, T, N (and V) of every class, over `tiles` tiles of one sample."""
         sample = tl.program_id(0) // programs
         program = tl.program_id(0) % programs
         logits += sample.to(tl.int64) * logits_strides[0]
@@ -428,17 +466,35 @@ if triton is not None:
         pred = tl.zeros((CP,), ACC)
         true = tl.zeros((CP,), ACC)
         nll = tl.zeros((CP,), ACC)
+        voxels = tl.zeros((CP,), ACC)
         for tile in range(tiles):
             first = (program.to(tl.int64) * tiles + tile) * BLOCK
             count = tl.minimum(n - first, BLOCK).to(tl.int32)
             offsets = _offsets(first, height, width, target_strides, FLAT, INDEX, BLOCK)
-            y, valid = _labels(target, offsets, tl.arange(0, BLOCK) < count, ignore_index)
+            mask = tl.arange(0, BLOCK) < count
+            if SIGMOID:
+                offsets = (c.to(tl.int64) * target_strides[4])[:, None] + offsets[None, :]
+                mask = (c < C)[:, None] & mask[None, :]
+            y, valid = _labels(target, offsets, mask, ignore_index)
             offsets = _offsets(first, height, width, logits_strides, FLAT, INDEX, BLOCK)
             stride_c = logits_strides[4]
             # The masks become numbers that the sums multiply by: a GPU has few registers for bits,
             # and a number takes one register per voxel. A label outside [0, C) must not go
             # unnoticed, so such a voxel counts as NaN.
-            if C == 2:
+            if SIGMOID:
+                x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
+                one = tl.where((y == 0) | (y == 1), 1.0, float("nan"))
+                one = tl.where(valid, one, 0.0)
+                e = tl.exp(-tl.abs(x))
+                p = one * tl.where(x > 0, 1.0, e) / (1.0 + e)
+                loss = tl.maximum(tl.where(y == 1, -x, x), 0.0) + tl.log(1.0 + e)
+                t = tl.where(y == 1, one, 0.0)
+                inter += tl.sum(p * t, 1)
+                pred += tl.sum(p, 1)
+                true += tl.sum(t, 1)
+                nll += tl.sum(one * loss, 1)
+                voxels += tl.sum(one, 1)
+            elif C == 2:
                 l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
                 z, wrong, right, e = _two_class(l0, l1, y)
                 loss = tl.maximum(z, 0.0) + tl.log(1.0 + e)  # log(1 + e^z)
@@ -471,6 +527,8 @@ if triton is not None:
         tl.store(out + step, pred, mask=c < C)
         tl.store(out + 2 * step, true, mask=c < C)
         tl.store(out + 3 * step, nll, mask=c < C)
+        if SIGMOID:
+            tl.store(out + 4 * step, voxels, mask=c < C)
 
     @triton.jit
     def _total(
@@ -488,14 +546,15 @@ if triton is not None:
 
     @triton.jit
     def _finish_kernel(
-        partials,  # (4, C, G, length), contiguous
+        partials,  # (4 or 5, C, G, length), contiguous
         class_weight,  # (C,) or None
         loss,  # ()
         dice,  # (G, C)
         coefficients,  # (2 G + 1, C): a and b of each group, v
         groups, length, smooth_nr: tl.float64, smooth_dr: tl.float64,
         dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64,
-        BACKGROUND: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, STEP: tl.constexpr,
+        BACKGROUND: tl.constexpr, SIGMOID: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+        STEP: tl.constexpr,
     ):
         """Stage two, one program: loss, Dice, and scale times the coefficients, from the sums."""
         c = tl.arange(0, CP)
@@ -519,7 +578,10 @@ if triton is not None:
             tl.store(coefficients + 2 * g * C + c, scale * k * ratio / den, mask=mask)
             tl.store(coefficients + (2 * g + 1) * C + c, scale * -2 * k / den, mask=mask)
             dice_loss += tl.where(scored, k * (1 - ratio), 0.0)
-            weight += w * true
+            voxels = true
+            if SIGMOID:
+                voxels = _total(partials, 4, g, groups, length, C, CP, STEP)
+            weight += w * voxels
             nll += w * _total(partials, 3, g, groups, length, C, CP, STEP)
         weight = tl.sum(weight, 0)
         # If every voxel is ignored, the cross entropy is 0.
@@ -535,8 +597,8 @@ if triton is not None:
         grad, grad_strides,  # (B, C, D, H, W)
         coefficients,  # (2 G + 1, C), contiguous
         ignore_index, group_step, last, n, height, width, programs,
-        C: tl.constexpr, CP: tl.constexpr, FLAT: tl.constexpr, INTERLEAVED: tl.constexpr,
-        INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+        C: tl.constexpr, CP: tl.constexpr, SIGMOID: tl.constexpr, FLAT: tl.constexpr,
+        INTERLEAVED: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):
         """d loss / d logits of one tile."""
         sample = tl.program_id(0) // programs
@@ -548,15 +610,19 @@ if triton is not None:
         first = program.to(tl.int64) * BLOCK
         count = tl.minimum(n - first, BLOCK).to(tl.int32)
         mask = tl.arange(0, BLOCK) < count
+        c = tl.arange(0, CP)
+        each = (c < C)[:, None] & mask[None, :]
         offsets = _offsets(first, height, width, target_strides, FLAT, INDEX, BLOCK)
-        y, valid = _labels(target, offsets, mask, ignore_index)
+        if SIGMOID:
+            offsets = (c.to(tl.int64) * target_strides[4])[:, None] + offsets[None, :]
+        y, valid = _labels(target, offsets, each if SIGMOID else mask, ignore_index)
         offsets = _offsets(first, height, width, logits_strides, FLAT, INDEX, BLOCK)
         out = _offsets(first, height, width, grad_strides, FLAT, INDEX, BLOCK)
         scale = tl.load(grad_output).to(ACC)
         a = coefficients + sample * group_step  # group_step is 0 if all samples form one group
         b = a + C
         v = coefficients + last
-        if C == 2:
+        if C == 2 and not SIGMOID:
             l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
             z, wrong, right, e = _two_class(l0, l1, y)
             a0 = tl.load(a)
@@ -573,23 +639,29 @@ if triton is not None:
                 tl.store(grad + out, g0, mask=mask)
                 tl.store(grad + grad_strides[4] + out, g1, mask=mask)
         else:
-            c = tl.arange(0, CP)
             a = tl.load(a + c, mask=c < C, other=0.0)[:, None]
             b = tl.load(b + c, mask=c < C, other=0.0)[:, None]
             v = tl.load(v + c, mask=c < C, other=0.0)[:, None]
             x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
-            p = tl.exp(x - tl.max(x, 0)[None, :])
-            p /= tl.sum(p, 0)[None, :]
-            t = y[None, :] == c[:, None]
-            ab = a + tl.where(t, b, 0.0)
-            v_y = tl.sum(tl.where(t, v, 0.0), 0)[None, :]
-            g = p * (ab - tl.sum(p * ab, 0)[None, :]) + v_y * (p - tl.where(t, 1.0, 0.0))
-            g = tl.where(valid[None, :], scale * g, 0.0).to(grad.dtype.element_ty)
+            if SIGMOID:
+                e = tl.exp(-tl.abs(x))
+                p = tl.where(x > 0, 1.0, e) / (1.0 + e)
+                t = tl.where(y == 1, 1.0, 0.0)
+                g = (a + b * t) * e / (1.0 + e) / (1.0 + e) + v * (p - t)
+            else:
+                valid = valid[None, :]
+                p = tl.exp(x - tl.max(x, 0)[None, :])
+                p /= tl.sum(p, 0)[None, :]
+                t = y[None, :] == c[:, None]
+                ab = a + tl.where(t, b, 0.0)
+                v_y = tl.sum(tl.where(t, v, 0.0), 0)[None, :]
+                g = p * (ab - tl.sum(p * ab, 0)[None, :]) + v_y * (p - tl.where(t, 1.0, 0.0))
+            g = tl.where(valid, scale * g, 0.0).to(grad.dtype.element_ty)
             if INTERLEAVED:
                 row = tl.reshape(tl.trans(g), (C * BLOCK,))
             else:
                 rows = grad + (c.to(tl.int64) * grad_strides[4])[:, None]
-                tl.store(rows + out[None, :], g, mask=(c < C)[:, None] & mask[None, :])
+                tl.store(rows + out[None, :], g, mask=each)
         if INTERLEAVED:
             i = tl.arange(0, C * BLOCK)
             tl.store(grad + C * first + i, row, mask=i < C * count)
@@ -617,14 +689,16 @@ def _geometry(logits: Tensor, **others: Tensor) -> dict:
     for name, x in tensors.items():
         spatial = (0, 0, steps[name]) if flat else (0, 0, *x.stride()[-len(size) :])[-3:]
         args[f"{name}_strides"] = (x.stride(0), *spatial)
-        if name != "target":
+        if x.dim() == logits.dim():
             args[f"{name}_strides"] += (x.stride(1),)
+        if name != "target":
             interleaved = interleaved and x.stride(1) == 1 and steps[name] == c
     # On a CPU it is the interpreter that runs, which takes milliseconds per program.
     tile = 2 * TILE if logits.device.type == "cpu" else TILE
     args |= {"n": n, "height": 1 if flat else ([1, *size])[-2], "width": 1 if flat else size[-1]}
     args |= {"C": c, "CP": padded, "FLAT": flat, "INTERLEAVED": interleaved}
-    args |= {"BLOCK": max(1, tile // (1 if c == 2 else padded))}
+    sigmoid = others["target"].dim() == logits.dim()
+    args |= {"BLOCK": max(1, tile // (1 if c == 2 and not sigmoid else padded)), "SIGMOID": sigmoid}
     args |= {"INDEX": tl.int32 if n < 2**31 - tile else tl.int64}
     return args | {"ACC": tl.float64 if logits.dtype == torch.float64 else tl.float32}
 
@@ -636,7 +710,8 @@ def _sums_launch(logits: Tensor, target: Tensor, ignore_index: int | None):
     tiles = triton.cdiv(args["n"], args["BLOCK"])
     per_program = max(1, triton.cdiv(tiles, max(1, PROGRAMS // max(1, b))))
     programs = max(1, triton.cdiv(tiles, per_program))
-    partials = logits.new_empty((4, c, b, programs), dtype=_accumulator(logits.dtype))
+    quantities = 5 if args["SIGMOID"] else 4
+    partials = logits.new_empty((quantities, c, b, programs), dtype=_accumulator(logits.dtype))
     args |= {"logits": logits, "target": target, "partials": partials, "samples": b}
     args |= {"ignore_index": ignore_index, "programs": programs, "tiles": per_program}
     return _sums_kernel, (programs * b,), args
@@ -645,8 +720,8 @@ def _sums_launch(logits: Tensor, target: Tensor, ignore_index: int | None):
 def _finish_launch(
     partials, class_weight, dtype, background, smooth_nr, smooth_dr, dice_weight, ce_weight, scale
 ):
-    """Kernel, grid and arguments of stage two; partials (4, C, G, length), logits of this dtype."""
-    _, c, groups, length = partials.shape
+    """Kernel, grid and arguments of stage two; partials (4 or 5, C, G, length), logits' dtype."""
+    quantities, c, groups, length = partials.shape
     padded = triton.next_power_of_2(c)
     outputs = {"loss": (), "dice": (groups, c), "coefficients": (2 * groups + 1, c)}
     dtype = _accumulator(dtype)
@@ -655,6 +730,7 @@ def _finish_launch(
     args |= {"smooth_nr": smooth_nr, "smooth_dr": smooth_dr, "scale": float(scale)}
     args |= {"dice_weight": dice_weight, "ce_weight": ce_weight, "C": c, "CP": padded}
     args |= {"groups": groups, "length": length, "STEP": max(1, 2048 // padded)}
+    args |= {"SIGMOID": quantities == 5}
     return _finish_kernel, (1,), args
 
 
@@ -678,15 +754,20 @@ def _run(kernel, grid, args) -> dict:
 
 
 # ------------------------------------------------------------------------------------ custom ops
-def _call(fused, logits, target, class_weight, background, batch, *options):
+def _call(
+    fused, logits, target, include_background=False, batch=True, smooth_nr=1e-5, smooth_dr=1e-5,
+    dice_weight=1.0, ce_weight=1.0, class_weight=None, ignore_index=None, sync=False, sigmoid=False,
+):
     """Check and prepare the arguments, then run the op. fused: by Triton kernels."""
-    target = _checked(logits, target, class_weight, sync=options[-1])
+    target = _checked(logits, target, class_weight, sync, sigmoid)
     if logits.dim() > 5:  # merge axes for the kernels; flatten copies only if strides forbid a view
+        target = target.flatten(target.dim() - logits.dim() + 2)
         logits = logits.flatten(2)
-        target = target.flatten(1)
     if class_weight is not None:
         class_weight = class_weight.detach().to(logits.device).contiguous()
-    loss, dice, _ = _dice_ce(logits, target, class_weight, background, batch, *options, fused)
+    settings = (include_background or sigmoid, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
+    arguments = (logits, target, class_weight, *settings, ignore_index, sync, fused)
+    loss, dice, _ = _dice_ce(*arguments)
     dice = dice.detach()
     return loss, dice[0] if batch else dice
 
@@ -710,9 +791,9 @@ def _dice_ce(
             partials = partials.sum(2, keepdim=True)
         gathered = [torch.empty_like(partials) for _ in range(processes)]
         dist.all_gather(gathered, partials)
-        partials = torch.cat(gathered, 2)  # (4, C, processes * B or processes, 1)
+        partials = torch.cat(gathered, 2)  # (4 or 5, C, processes * B or processes, 1)
     if batch:
-        partials = partials.flatten(2).unsqueeze(2)  # (4, C, 1, all partial sums)
+        partials = partials.flatten(2).unsqueeze(2)  # (4 or 5, C, 1, all partial sums)
     settings = (include_background, smooth_nr, smooth_dr, dice_weight, ce_weight, processes)
     if fused:
         args = _run(*_finish_launch(partials, class_weight, logits.dtype, *settings))

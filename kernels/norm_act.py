@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT, (c) 2026 the Mirror U-Net from scratch contributors
+# Needs torch >= 2.8 and, for its kernels, triton >= 3.4; nothing else.
 """Instance norm -> affine -> PReLU -> + residual: what follows almost every convolution here.
 
 For each instance i = (sample b, channel c), over the n voxels v of its volume:
@@ -17,14 +19,16 @@ parameters also run over b:
 
 xhat and z are recomputed from x, so the forward pass saves only x and two numbers per instance.
 
-Bytes per element, in float32. An instance does not fit into a multiprocessor's memory, and its
+Bytes per element, in float32. A large instance does not fit into a multiprocessor's memory, and its
 mean is known only after all of it has been read. So nothing can move less than: forward, x twice
 and y once, 12 (+ 4 for the residual); backward, x and g twice and dx once, 20. The Triton kernels
 move 12.01 and 20.02 in NCDHW, 12.07 and 20.07 in channels_last_3d. Each pass takes three launches:
-partial sums per tile, a merge of the partial sums, and the pass that writes the result (plus one
-tiny sum if all channels share one slope). They replace about a dozen launches of PyTorch, which
-also saves three tensors instead of one. The price: the backward pass computes z twice. There are
-no atomics, so results are bitwise reproducible.
+partial sums per tile, a merge of the partial sums, and the pass that writes the result. Instances
+of at most 16384 voxels (in channels_last_3d, 8 channels of at most 2048) stay in registers: 8 and
+12 bytes, one launch forward, and two backward, of which the second sums the parameters' gradients
+over the batch. All this replaces about a dozen launches of PyTorch, which also saves three tensors
+instead of one. The price: the backward pass computes z twice. There are no atomics, so results are
+bitwise reproducible.
 
     statistics of a tile, in registers: mean and M2 = sum (x - mean)^2, relative to its first voxel
     merging two parts a and b (Chan):   d = mean_b - mean_a        mean = mean_a + d n_b / n
@@ -42,11 +46,14 @@ to NCDHW. PyTorch's channels-last group norm uses the unstable variance, and ret
 in bfloat16 on CPU.)
 """
 
+from collections.abc import Callable
+from functools import partial
 from math import gcd
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -87,12 +94,18 @@ def norm_act_ref(
     return (y if residual is None else y + residual).to(dtype)
 
 
+def _split(slope: Tensor | float | None) -> tuple[Tensor | None, float]:
+    """Slope as (tensor, 1) or (None, number); no activation is 1."""
+    if isinstance(slope, Tensor):
+        return slope, 1.0
+    return None, 1.0 if slope is None else float(slope)
+
+
 def _check(x, weight, bias, slope, residual) -> tuple[Tensor | None, float]:
     """Check all shapes. Returns slope as (tensor, 1) or (None, number); no activation is 1."""
     if x.dim() != 5 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (B, C, D, H, W), got {x.dtype} {tuple(x.shape)}")
-    leak = 1.0 if slope is None or isinstance(slope, Tensor) else float(slope)
-    slope = slope if isinstance(slope, Tensor) else None
+    slope, leak = _split(slope)
     c = x.shape[1]
     for name, t, sizes in ("weight", weight, [c]), ("bias", bias, [c]), ("slope", slope, [1, c]):
         if t is not None and (t.dim() != 1 or len(t) not in sizes):
@@ -141,6 +154,7 @@ class _NormAct(torch.autograd.Function):
         return _volume(y, x, k)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         x, weight, bias, slope, mean, r = ctx.saved_tensors
         k = _voxels_per_row(x)
@@ -163,6 +177,8 @@ class _NormAct(torch.autograd.Function):
         dx = dz - _spread(dbias / n, g, k)
         dx.addcmul_(xhat, _spread(dweight / n, g, k), value=-1)
         dx.mul_(_spread(r if weight is None else r * weight.to(r), g, k))
+        if slope is not None and len(slope) == 1:
+            dslope = dslope.sum(0, keepdim=True)
         grads = _parameter_grads(weight, bias, slope, dweight.sum(0), dbias.sum(0), dslope)
         return _volume(dx, x, k), *grads, None, grad_output if ctx.has_residual else None, None
 
@@ -211,26 +227,27 @@ def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, k: int) ->
 
 
 def _parameter_grads(weight, bias, slope, dweight, dbias, dslope) -> list[Tensor | None]:
-    """Gradients of the given parameters, else None; dweight, dbias, dslope: per channel, (C,)."""
-    if slope is not None and len(slope) == 1:
-        dslope = dslope.sum(0, keepdim=True)
+    """Gradients of the given parameters in their dtypes, else None."""
     pairs = ((weight, dweight), (bias, dbias), (slope, dslope))
     return [None if p is None else _cast(grad, p.dtype) for p, grad in pairs]
 
 
 # --------------------------------------------------------------------------------- Triton kernels
 if triton is not None:
+    # `cells` is a tile of a sample: sample, rows, columns, which cells exist (COLS, ROWS), H, W.
 
     @triton.jit
-    def _program(n_cols, COLS: tl.constexpr):
+    def _program(spans, n_cols, COLS: tl.constexpr):
         """What a program works on: its sample, the index of its span of rows, its columns."""
         blocks = tl.cdiv(n_cols, COLS)  # neighbors take columns that are adjacent in channels_last
         col = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
-        return tl.program_id(1).to(tl.int64), tl.program_id(0) // blocks, col
+        span = tl.program_id(0) // blocks
+        return (span // spans).to(tl.int64), span % spans, col
 
     @triton.jit
-    def _offsets(b, row, col, strides, H, W, FLAT: tl.constexpr):
-        """Offsets of cells (row, col), (COLS, ROWS); strides: sample, column, slice, line, row."""
+    def _offsets(cells, strides, FLAT: tl.constexpr):
+        """Offsets of cells, (COLS, ROWS); strides: those of sample, column, slice, line, row."""
+        b, row, col, _, H, W = cells
         if FLAT:  # one stride visits all rows
             offsets = row.to(tl.int64) * strides[4]
         else:  # a row is a voxel (d, h, w) of a view
@@ -241,70 +258,98 @@ if triton is not None:
         return b * strides[0] + (col.to(tl.int64) * strides[1])[:, None] + offsets[None, :]
 
     @triton.jit
-    def _load(x, strides, b, row, col, mask, H, W, FLAT: tl.constexpr):
-        """The cells (row, col) of a sample, (COLS, ROWS); 0 outside the mask."""
-        offsets = _offsets(b, row, col, strides, H, W, FLAT)
-        return tl.load(x + offsets, mask=mask, other=0)
+    def _load(x, strides, cells, work, FLAT: tl.constexpr):
+        """The values of cells in the dtype `work`, (COLS, ROWS); 0 if they do not exist."""
+        return tl.load(x + _offsets(cells, strides, FLAT), mask=cells[3], other=0).to(work)
 
     @triton.jit
-    def _columns(
-        stats, weight, bias, slope, b, col, n_cols, C, LEAK: tl.constexpr, SLOPES: tl.constexpr
+    def _load_pair(pairs, b, col, n_cols, C):
+        """From (B, 2, C), the two numbers of each column's instance: (COLS, 1) each."""
+        first = pairs + b * 2 * C + col % C
+        one = tl.load(first, mask=col < n_cols, other=0)
+        two = tl.load(first + C, mask=col < n_cols, other=0)
+        return one[:, None], two[:, None]
+
+    @triton.jit
+    def _parameters(
+        weight, bias, slope, col, n_cols, C, work, LEAK: tl.constexpr, SLOPES: tl.constexpr
     ):
-        """mean, r, weight, bias, slope of a program's columns: (COLS, 1), or (1, 1) if shared."""
+        """weight, bias and slope of each column: (COLS, 1), or (1, 1) if shared."""
         c = col % C
         mask = col < n_cols
-        mean = tl.load(stats + b * 2 * C + c, mask=mask, other=0)
-        r = tl.load(stats + (b * 2 + 1) * C + c, mask=mask, other=0)
-        w = tl.full(col.shape, 1, r.dtype)
+        w = tl.full(col.shape, 1, work)
         if weight is not None:
-            w = tl.load(weight + c, mask=mask, other=0).to(r.dtype)
-        beta = tl.full(col.shape, 0, r.dtype)
+            w = tl.load(weight + c, mask=mask, other=0).to(work)
+        beta = tl.full(col.shape, 0, work)
         if bias is not None:
-            beta = tl.load(bias + c, mask=mask, other=0).to(r.dtype)
+            beta = tl.load(bias + c, mask=mask, other=0).to(work)
         if slope is None:
-            s = tl.full((1,), LEAK, r.dtype)
+            s = tl.full((1,), LEAK, work)
         elif SLOPES == 1:
-            s = tl.load(slope + tl.arange(0, 1)).to(r.dtype)
+            s = tl.load(slope + tl.arange(0, 1)).to(work)
         else:
-            s = tl.load(slope + c, mask=mask, other=0).to(r.dtype)
-        return mean[:, None], r[:, None], w[:, None], beta[:, None], s[:, None]
+            s = tl.load(slope + c, mask=mask, other=0).to(work)
+        return w[:, None], beta[:, None], s[:, None]
+
+    # Both passes have two steps. REDUCE: sums of each column of a tile. WRITE: the result, from the
+    # merged sums. A tile that holds whole instances takes both steps at once.
 
     @triton.jit
-    def _tile_stats(
-        x,  # (B, C, D, H, W), read as n_rows x n_cols per sample
-        partials,  # (B, 2, tiles, n_cols): mean of a tile's column, and sum of squares around it
-        x_strides, H, W, n_rows, n_cols,
-        FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    def _forward(
+        x, y, residual,  # (B, C, D, H, W), read as n_rows x n_cols per sample
+        stats,  # (B, 2, C): mean and r
+        partials,  # (B, 2, spans, n_cols): mean and M2 of a tile's column
+        weight, bias, slope,  # (C,), (C,), (1,) or (C,)
+        x_strides, y_strides, residual_strides, H, W, n_rows, n_cols, spans, C,
+        EPS: tl.constexpr, LEAK: tl.constexpr, SLOPES: tl.constexpr, REDUCE: tl.constexpr,
+        WRITE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ):
-        b, t, col = _program(n_cols, COLS)
+        b, t, col = _program(spans, n_cols, COLS)
         row = t * ROWS + tl.arange(0, ROWS)
         col_mask = (col < n_cols)[:, None]
         mask = col_mask & (row < n_rows)[None, :]
-        work = partials.dtype.element_ty
-        tile = _load(x, x_strides, b, row, col, mask, H, W, FLAT).to(work)
-        # Relative to the column's first value: that difference is exact if the mean is large.
-        first = t * ROWS + tl.arange(0, 1)
-        origin = _load(x, x_strides, b, first, col, col_mask, H, W, FLAT).to(work)
-        d = tl.where(mask, tile - origin, 0)
-        shift = tl.sum(d, 1, keep_dims=True) / tl.minimum(ROWS, n_rows - t * ROWS)  # (COLS, 1)
-        d = tl.where(mask, d - shift, 0)
-        tiles = tl.cdiv(n_rows, ROWS)
-        out = partials + (b * 2 * tiles + t) * n_cols + col[:, None]
-        tl.store(out, origin + shift, mask=col_mask)
-        tl.store(out + tiles * n_cols, tl.sum(d * d, 1, keep_dims=True), mask=col_mask)
+        cells = (b, row, col, mask, H, W)
+        work = stats.dtype.element_ty
+        tile = _load(x, x_strides, cells, work, FLAT)
+        if REDUCE:
+            # Relative to the column's first value: that difference is exact if the mean is large.
+            first = (b, t * ROWS + tl.arange(0, 1), col, col_mask, H, W)
+            origin = _load(x, x_strides, first, work, FLAT)
+            count = tl.minimum(ROWS, n_rows - t * ROWS)
+            d = tl.where(mask, tile - origin, 0)
+            shift = tl.sum(d, 1, keep_dims=True) / count  # (COLS, 1)
+            d = tl.where(mask, d - shift, 0)
+            mean = origin + shift
+            r = tl.sum(d * d, 1, keep_dims=True)
+            out = partials
+            if WRITE:
+                r = 1 / tl.sqrt(r / count + EPS)
+                out = stats
+            out += (b * 2 * spans + t) * n_cols + col[:, None]
+            tl.store(out, mean, mask=col_mask)
+            tl.store(out + spans * n_cols, r, mask=col_mask)
+        else:
+            mean, r = _load_pair(stats, b, col, n_cols, C)
+        if WRITE:
+            w, beta, s = _parameters(weight, bias, slope, col, n_cols, C, work, LEAK, SLOPES)
+            # y = max(z, 0) + slope min(z, 0) + residual
+            z = w * ((tile - mean) * r) + beta
+            out = tl.where(z > 0, z, z * s)
+            if residual is not None:
+                out += _load(residual, residual_strides, cells, work, FLAT)
+            offsets = _offsets(cells, y_strides, FLAT)
+            tl.store(y + offsets, out.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _merge_stats(
-        partials,  # (B, 2, tiles, n_cols) = (B, 2, tiles K, C)
+        partials,  # (B, 2, spans, n_cols) = (B, 2, parts, C)
         stats,  # (B, 2, C): mean and 1 / standard deviation
-        n_rows, n_cols, C,
+        n_rows, n_cols, parts, C,
         EPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
     ):
-        b = tl.program_id(1).to(tl.int64)
-        c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+        b, _, c = _program(1, C, COLS)
         col_mask = (c < C)[:, None]
         K = n_cols // C  # voxels per row
-        parts = tl.cdiv(n_rows, ROWS) * K  # per channel
         means = partials + b * 2 * parts * C + c[:, None]
         # Chan's formula, block by block. The mean starts at the first partial's, near the others.
         mean = tl.load(means, mask=col_mask, other=0)  # (COLS, 1)
@@ -329,115 +374,79 @@ if triton is not None:
         tl.store(out + C, 1 / tl.sqrt(m2 / count + EPS), mask=col_mask)
 
     @triton.jit
-    def _forward(
-        x, y, residual,  # (B, C, D, H, W), read as n_rows x n_cols per sample
-        stats,  # (B, 2, C)
+    def _backward(
+        grad_y, x, grad_x,  # (B, C, D, H, W), read as n_rows x n_cols per sample
+        stats,  # (B, 2, C): mean and r
+        means,  # (B, 2, C): means of dz and dz xhat over an instance
+        partials,  # (B, 3, spans, n_cols): sums of dz, dz xhat, g min(z, 0) of a tile's column
         weight, bias, slope,  # (C,), (C,), (1,) or (C,)
-        x_strides, y_strides, residual_strides, H, W, n_rows, n_cols, C,
-        LEAK: tl.constexpr, SLOPES: tl.constexpr,
-        FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+        grad_y_strides, x_strides, grad_x_strides, H, W, n_rows, n_cols, spans, C,
+        LEAK: tl.constexpr, SLOPES: tl.constexpr, REDUCE: tl.constexpr,
+        WRITE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ):
-        b, t, col = _program(n_cols, COLS)
+        b, t, col = _program(spans, n_cols, COLS)
         row = t * ROWS + tl.arange(0, ROWS)
-        mask = (col < n_cols)[:, None] & (row < n_rows)[None, :]
+        col_mask = (col < n_cols)[:, None]
+        mask = col_mask & (row < n_rows)[None, :]
+        cells = (b, row, col, mask, H, W)
         work = stats.dtype.element_ty
-        tile = _load(x, x_strides, b, row, col, mask, H, W, FLAT).to(work)
-        mean, r, w, beta, s = _columns(stats, weight, bias, slope, b, col, n_cols, C, LEAK, SLOPES)
-        # y = max(z, 0) + slope min(z, 0) + residual
-        z = w * ((tile - mean) * r) + beta
-        out = tl.where(z > 0, z, z * s)
-        if residual is not None:
-            out += _load(residual, residual_strides, b, row, col, mask, H, W, FLAT).to(work)
-        offsets = _offsets(b, row, col, y_strides, H, W, FLAT)
-        tl.store(y + offsets, out.to(y.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _tile_sums(
-        grad_y, x,  # (B, C, D, H, W), read as n_rows x n_cols per sample
-        stats,  # (B, 2, C)
-        weight, bias, slope,  # (C,), (C,), (1,) or (C,)
-        partials,  # (B, 3, spans, n_cols): sums of dz, dz xhat, g min(z, 0) over a span of a column
-        grad_y_strides, x_strides, H, W, n_rows, n_cols, steps, C,
-        LEAK: tl.constexpr, SLOPES: tl.constexpr,
-        FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    ):
-        b, t, col = _program(n_cols, COLS)
-        work = stats.dtype.element_ty
-        mean, r, w, beta, s = _columns(stats, weight, bias, slope, b, col, n_cols, C, LEAK, SLOPES)
-        sum_dz = tl.zeros((COLS,), work)
-        sum_dz_xhat = tl.zeros((COLS,), work)
-        sum_g_z = tl.zeros((COLS,), work)
-        for start in range(t * steps * ROWS, (t + 1) * steps * ROWS, ROWS):
-            row = start + tl.arange(0, ROWS)
-            mask = (col < n_cols)[:, None] & (row < n_rows)[None, :]
-            g = _load(grad_y, grad_y_strides, b, row, col, mask, H, W, FLAT).to(work)
-            tile = _load(x, x_strides, b, row, col, mask, H, W, FLAT).to(work)
-            xhat = (tile - mean) * r
-            z = w * xhat + beta
-            dz = tl.where(z > 0, g, s * g)  # 0 outside, as g is
-            sum_dz += tl.sum(dz, 1)
-            sum_dz_xhat += tl.sum(dz * xhat, 1)
-            sum_g_z += tl.sum(tl.where(z > 0, 0, g * z), 1)
-        spans = tl.cdiv(n_rows, steps * ROWS)
-        out = partials + (b * 3 * spans + t) * n_cols + col
-        tl.store(out, sum_dz, mask=col < n_cols)
-        tl.store(out + spans * n_cols, sum_dz_xhat, mask=col < n_cols)
-        if slope is not None:
-            tl.store(out + 2 * spans * n_cols, sum_g_z, mask=col < n_cols)
+        mean, r = _load_pair(stats, b, col, n_cols, C)
+        w, beta, s = _parameters(weight, bias, slope, col, n_cols, C, work, LEAK, SLOPES)
+        g = _load(grad_y, grad_y_strides, cells, work, FLAT)
+        xhat = (_load(x, x_strides, cells, work, FLAT) - mean) * r
+        z = w * xhat + beta
+        dz = tl.where(z > 0, g, s * g)  # 0 outside, as g is
+        if REDUCE:
+            mean_dz = tl.sum(dz, 1, keep_dims=True)
+            mean_dz_xhat = tl.sum(dz * xhat, 1, keep_dims=True)
+            sum_g_z = tl.sum(tl.where(z > 0, 0, g * z), 1, keep_dims=True)
+            out = partials + (b * 3 * spans + t) * n_cols + col[:, None]
+            tl.store(out, mean_dz, mask=col_mask)
+            tl.store(out + spans * n_cols, mean_dz_xhat, mask=col_mask)
+            tl.store(out + 2 * spans * n_cols, sum_g_z, mask=col_mask)
+            mean_dz /= n_rows
+            mean_dz_xhat /= n_rows
+        else:
+            mean_dz, mean_dz_xhat = _load_pair(means, b, col, n_cols, C)
+        if WRITE:
+            # dx = weight r (dz - mean dz - xhat mean(dz xhat))
+            out = w * r * (dz - mean_dz - xhat * mean_dz_xhat)
+            offsets = _offsets(cells, grad_x_strides, FLAT)
+            tl.store(grad_x + offsets, out.to(grad_x.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _merge_sums(
         partials,  # (B, 3, spans, n_cols) = (B, 3, parts, C): sums of dz, dz xhat and g min(z, 0)
-        means,  # (B, 3, C): means of them over an instance
-        sums,  # (2 or 3, C): sums over all samples, the gradients of bias, weight and slope
+        means,  # (B, 2, C): means of the first two over an instance; or None
+        sums,  # (2 C + slopes,): sums over all samples, the gradients of bias, weight and slope
         B, n, parts, C,
-        PARTS: tl.constexpr, COLS: tl.constexpr,
+        SLOPES: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
     ):
-        c = tl.program_id(0) * COLS + tl.arange(0, COLS)
-        s = tl.program_id(1)  # which of the sums
+        s, _, c = _program(1, C, COLS)  # s: which of the three
+        width, count = C, parts
+        if SLOPES == 1 and s == 2:  # all channels have one slope
+            width, count = 1, parts * C
         total = tl.zeros((COLS,), partials.dtype.element_ty)
         for b in range(B):
             block = tl.zeros((COLS, PARTS), partials.dtype.element_ty)
             first = partials + (b * 3 + s) * parts * C + c[:, None]
-            for start in range(0, parts, PARTS):
+            for start in range(0, count, PARTS):
                 part = (start + tl.arange(0, PARTS))[None, :]
-                mask = (c < C)[:, None] & (part < parts)
-                block += tl.load(first + part * C, mask=mask, other=0)
+                mask = (c < width)[:, None] & (part < count)
+                block += tl.load(first + part * width, mask=mask, other=0)
             instance = tl.sum(block, 1)
-            tl.store(means + (b * 3 + s) * C + c, instance / n, mask=c < C)
+            if means is not None:
+                tl.store(means + (b * 2 + s) * C + c, instance / n, mask=(c < C) & (s < 2))
             total += instance
-        tl.store(sums + s * C + c, total, mask=c < C)
-
-    @triton.jit
-    def _backward(
-        grad_y, x, grad_x,  # (B, C, D, H, W), read as n_rows x n_cols per sample
-        stats, means,  # (B, 2, C), (B, 3, C)
-        weight, bias, slope,  # (C,), (C,), (1,) or (C,)
-        grad_y_strides, x_strides, grad_x_strides, H, W, n_rows, n_cols, steps, C,
-        LEAK: tl.constexpr, SLOPES: tl.constexpr,
-        FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    ):
-        b, t, col = _program(n_cols, COLS)
-        work = stats.dtype.element_ty
-        mean, r, w, beta, s = _columns(stats, weight, bias, slope, b, col, n_cols, C, LEAK, SLOPES)
-        c = means + b * 3 * C + col % C
-        mean_dz = tl.load(c, mask=col < n_cols, other=0)[:, None]
-        mean_dz_xhat = tl.load(c + C, mask=col < n_cols, other=0)[:, None]
-        for start in range(t * steps * ROWS, (t + 1) * steps * ROWS, ROWS):
-            row = start + tl.arange(0, ROWS)
-            mask = (col < n_cols)[:, None] & (row < n_rows)[None, :]
-            g = _load(grad_y, grad_y_strides, b, row, col, mask, H, W, FLAT).to(work)
-            tile = _load(x, x_strides, b, row, col, mask, H, W, FLAT).to(work)
-            xhat = (tile - mean) * r
-            z = w * xhat + beta
-            dz = tl.where(z > 0, g, s * g)
-            # dx = weight r (dz - mean dz - xhat mean(dz xhat))
-            out = w * r * (dz - mean_dz - xhat * mean_dz_xhat)
-            offsets = _offsets(b, row, col, grad_x_strides, H, W, FLAT)
-            tl.store(grad_x + offsets, out.to(grad_x.dtype.element_ty), mask=mask)
+        tl.store(sums + s * C + c, total, mask=c < width)
 
 
-# ------------------------------------------------------------------------ launches and custom ops
+# --------------------------------------------------------------------------------------- launches
+
+
+REGISTERS = 2**16  # bytes of x in float32 that a program keeps, to read an instance only once
+
+
 def _row_stride(t: Tensor) -> int | None:
     """The one stride that visits all voxels of (B, C, D, H, W) in order; None if it takes more."""
     axes = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:]) if size > 1]
@@ -446,24 +455,35 @@ def _row_stride(t: Tensor) -> int | None:
     return axes[-1][1] if axes else 0
 
 
-def _walk(like: Tensor, tile: int, steps: int, **tensors: Tensor | None) -> tuple[dict, tuple]:
-    """How a launch reads its tensors (B, C, D, H, W): n_rows x n_cols per sample, in tiles.
+def _walk(like: Tensor, whole: int, **tensors: Tensor | None) -> dict:
+    """How launches read their tensors (B, C, D, H, W): n_rows x n_cols per sample, in tiles.
 
     A row is a voxel and a column is a channel; if all tensors are dense channels_last_3d, K voxels
     make a row. The layout of `like` decides a tile's width: 64 bytes of channels, or one channel.
+    If they fit into REGISTERS, and in channels_last_3d into `whole` bytes, a tile has all rows of a
+    channel, or of 16 bytes or more of channels. (0: never.)
 
-    Returns the arguments (the tensors, their strides, sizes and tile) and the grid.
+    Returns arguments of kernels: the tensors, their strides, sizes, and the tile.
     """
     b, c, depth, height, width = like.shape
     n = depth * height * width
-    if n >= 2**31:
-        raise ValueError(f"x: at most 2^31 - 1 voxels per instance, got {n}")
+    if n > 2**31 - 2**16:  # rows are numbered in 32 bits, also those of a tile that do not exist
+        raise ValueError(f"x: at most {2**31 - 2**16} voxels per instance, got {n}")
     given = [t for t in tensors.values() if t is not None]
     flat = all(_row_stride(t) is not None for t in given)
     last = c > 1 and like.stride(1) == 1 and not like.is_contiguous()
-    k = 1
-    if last and all(t.stride(1) == 1 and _row_stride(t) == c for t in given):
-        k = gcd(n, 16 // gcd(c, 16))  # rows of a multiple of 16 elements
+    item = like.element_size()
+    power = triton.next_power_of_2
+    rows, k = power(n), 1
+    fit = min(REGISTERS // max(item, 4), whole // item if last else whole)  # elements
+    cols = min(power(c), max(1, fit // rows), max(8 if last else 1, 1024 // rows))
+    fits = rows * cols <= fit and (not last or cols * item >= 16 or cols >= c)
+    if not fits:
+        if last and all(t.stride(1) == 1 and _row_stride(t) == c for t in given):
+            k = gcd(n, 16 // gcd(c, 16))  # rows of a multiple of 16 elements
+        cols = min(power(c * k), 64 // item) if last else 1
+        rows = min(power(n // k), 8192 // cols)
+        cols = min(power(c * k), 8192 // rows)
     walk = dict(tensors)
     for name, t in tensors.items():
         strides = None if t is None else t.stride()
@@ -471,103 +491,170 @@ def _walk(like: Tensor, tile: int, steps: int, **tensors: Tensor | None) -> tupl
             strides = (*strides[:2], 0, 0, _row_stride(t) * k)
         walk[f"{name}_strides"] = strides
     height, width = (1, 1) if flat else (height, width)  # not needed if flat
-    n_rows, n_cols = n // k, c * k
-    cols = min(triton.next_power_of_2(n_cols), 64 // like.element_size()) if last else 1
-    rows = min(triton.next_power_of_2(n_rows), tile // cols)
-    cols = min(triton.next_power_of_2(n_cols), tile // rows)
-    steps = min(steps, triton.cdiv(n_rows, rows)) if last else 1
-    walk |= dict(H=height, W=width, n_rows=n_rows, n_cols=n_cols, C=c, steps=steps)
-    walk |= dict(FLAT=flat, ROWS=rows, COLS=cols, num_warps=min(max(rows * cols // 512, 1), 16))
-    return walk, (triton.cdiv(n_rows, rows * steps) * triton.cdiv(n_cols, cols), b)
+    walk |= dict(B=b, C=c, H=height, W=width, n=n, n_rows=n // k, n_cols=c * k, whole=fits)
+    warps = min(max(rows * cols // (1024 // item if fits else 512), 1), 16)
+    walk |= dict(FLAT=flat, ROWS=rows, COLS=cols, num_warps=warps)
+    return walk | {"spans": triton.cdiv(n // k, rows)}
 
 
-def _merge(parts: int, channels: int) -> tuple[dict, int]:
-    """The block of partial results that a merging program reads at once; how many programs."""
-    cols = min(triton.next_power_of_2(channels), 16)
-    block = {"PARTS": min(triton.next_power_of_2(parts), 128), "COLS": cols, "num_warps": 8}
-    return block, triton.cdiv(channels, cols)
+def _block(parts: int, channels: int) -> dict:
+    """The block of partial results that a merging program reads at once."""
+    cols = min(triton.next_power_of_2(channels), 8)
+    rows = min(triton.next_power_of_2(parts), 4096 // cols)
+    return {"parts": parts, "PARTS": rows, "COLS": cols, "num_warps": 8}
 
 
-def _launch(kernel, grid: tuple, arguments: dict) -> tuple:
-    """(kernel, grid, those of the arguments that the kernel takes)."""
+def _launch(kernel, groups: int, columns: int, walk: dict, **more) -> tuple:
+    """(kernel, grid, arguments) of a launch with a program per group and COLS columns."""
+    given = walk | {"REDUCE": False, "WRITE": True} | more
+    programs = groups * triton.cdiv(columns, given["COLS"])
     names = (*kernel.arg_names, "num_warps")
-    return kernel, grid, {name: arguments[name] for name in names if name in arguments}
+    return kernel, (programs,), {name: given[name] for name in names}
 
 
 def _forward_outputs(x: Tensor, *_) -> tuple[Tensor, Tensor]:
     """Empty y, and stats: mean and 1 / standard deviation of every instance, (B, 2, C)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty_like(x), x.new_empty((len(x), 2, x.shape[1]), dtype=dtype)
+    return torch.empty_like(x), x.new_empty((x.shape[0], 2, x.shape[1]), dtype=dtype)
 
 
-def _forward_launches(x, weight, bias, slope, leak, residual, eps, y, stats) -> list:
-    """The launches that fill y and stats."""
-    b, c = x.shape[:2]
-    given, grid = _walk(y, tile=8192, steps=1, x=x, y=y, residual=residual)
-    tiles = triton.cdiv(given["n_rows"], given["ROWS"])
-    partials = stats.new_empty((b, 2, tiles, given["n_cols"]))
-    given |= dict(stats=stats, partials=partials, weight=weight, bias=bias, slope=slope)
-    given |= dict(EPS=eps, LEAK=leak, SLOPES=0 if slope is None else len(slope))
-    block, blocks = _merge(tiles * given["n_cols"] // c, c)
+def _forward_launches(leak, eps, x, weight, bias, slope, residual, stats=None) -> list:
+    """The launches that fill new tensors y and stats; only y if the statistics are given."""
+    _check(x, weight, bias, slope, residual)
+    y, new_stats = _forward_outputs(x)
+    walk = _walk(y, 2**16 if stats is None else 0, x=x, y=y, residual=residual)
+    walk |= dict(weight=weight, bias=bias, slope=slope, SLOPES=0 if slope is None else len(slope))
+    walk |= dict(stats=new_stats if stats is None else stats, partials=None, EPS=eps, LEAK=leak)
+    b, c, spans, n_cols = (walk[name] for name in ("B", "C", "spans", "n_cols"))
+    if stats is not None or walk["whole"]:
+        return [_launch(_forward, b * spans, n_cols, walk, REDUCE=stats is None)]
+    walk["partials"] = new_stats.new_empty((b, 2, spans, n_cols))
     return [
-        _launch(_tile_stats, grid, given),
-        _launch(_merge_stats, (blocks, b), given | block),
-        _launch(_forward, grid, given),
+        _launch(_forward, b * spans, n_cols, walk, REDUCE=True, WRITE=False),
+        _launch(_merge_stats, b, c, walk, **_block(spans * n_cols // c, c)),
+        _launch(_forward, b * spans, n_cols, walk),
     ]
 
 
 def _backward_outputs(_, x, weight, bias, slope, leak, stats) -> tuple[Tensor, Tensor]:
-    """Empty gradient of x, and sums: those of bias, weight, slope per channel, (2 or 3, C)."""
-    return torch.empty_like(x), stats.new_empty((2 if slope is None else 3, x.shape[1]))
+    """Empty gradient of x, and sums (2 C + slopes,): gradients of bias, weight and slope."""
+    size = 2 * x.shape[1] + (0 if slope is None else slope.shape[0])
+    return torch.empty_like(x), stats.new_empty(size)
 
 
-def _backward_launches(grad_y, x, weight, bias, slope, leak, stats, grad_x, sums) -> list:
-    """The launches that fill grad_x and sums."""
-    b, c = x.shape[:2]
-    given, grid = _walk(grad_x, tile=4096, steps=4, grad_y=grad_y, x=x, grad_x=grad_x)
-    spans = triton.cdiv(given["n_rows"], given["ROWS"] * given["steps"])
-    parts = spans * given["n_cols"] // c
-    partials = stats.new_empty((b, 3, spans, given["n_cols"]))
-    means = stats.new_empty((b, 3, c))
-    given |= dict(partials=partials, means=means, sums=sums, stats=stats, B=b)
-    given |= dict(weight=weight, bias=bias, slope=slope, n=x[0, 0].numel(), parts=parts)
-    given |= dict(LEAK=leak, SLOPES=0 if slope is None else len(slope))
-    block, blocks = _merge(parts, c)
+def _backward_launches(leak, grad_y, x, weight, bias, slope, stats) -> list:
+    """The launches that fill new tensors grad_x and sums."""
+    grad_x, sums = _backward_outputs(grad_y, x, weight, bias, slope, leak, stats)
+    walk = _walk(grad_x, 2**15, grad_y=grad_y, x=x, grad_x=grad_x)
+    walk |= dict(weight=weight, bias=bias, slope=slope, SLOPES=0 if slope is None else len(slope))
+    walk |= dict(stats=stats, sums=sums, partials=None, means=None, LEAK=leak)
+    b, c, spans, n_cols = (walk[name] for name in ("B", "C", "spans", "n_cols"))
+    rows = 2 if slope is None else 3  # of sums
+    if walk["whole"]:
+        walk["partials"] = stats.new_empty((b, 3, 1, c))
+        return [
+            _launch(_backward, b, c, walk, REDUCE=True),
+            _launch(_merge_sums, rows, c, walk, **_block(1, c)),
+        ]
+    walk["means"] = stats.new_empty((b, 2, c))
+    last = _launch(_backward, b * spans, n_cols, walk)
+    walk["ROWS"] *= 2 if stats.dtype == torch.float32 else 1  # sums alone take fewer registers
+    walk["spans"] = spans = triton.cdiv(walk["n_rows"], walk["ROWS"])
+    walk["partials"] = stats.new_empty((b, 3, spans, n_cols))
     return [
-        _launch(_tile_sums, grid, given),
-        _launch(_merge_sums, (blocks, len(sums)), given | block),
-        _launch(_backward, grid, given),
+        _launch(_backward, b * spans, n_cols, walk, REDUCE=True, WRITE=False),
+        _launch(_merge_sums, rows, c, walk, **_block(spans * n_cols // c, c)),
+        last,
     ]
 
 
-def _run(launches: list, like: Tensor) -> None:
-    """Start the launches in order, on the GPU of `like`."""
-    with torch.cuda.device_of(like):  # Triton launches on the current GPU
-        for kernel, grid, arguments in launches:
-            kernel[grid](**arguments)
+_PLANS: dict[tuple, tuple] = {}  # signature: shapes of new tensors, launches
 
 
-@torch.library.custom_op("mirror_unet::norm_act", mutates_args=())
-def _op(
+def _run(plan: Callable, *numbers: float, **tensors: Tensor | None) -> dict[str, Tensor]:
+    """Start the launches of plan(*numbers, **tensors) on the GPU of x. Returns all tensors by name.
+
+    Planning, and Triton's own preparation of a launch, take longer than small launches run. So both
+    are done once per signature; after that, a launch only takes the tensors' addresses. (Triton
+    compiles for addresses that are multiples of 16 and for others.)
+    """
+    x = tensors["x"]
+    traits = [
+        t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)
+        for t in tensors.values()
+    ]
+    signature = (plan, numbers, x.device, *traits)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU and stream
+        if signature not in _PLANS:
+            launches = plan(*numbers, **tensors)
+            used = {k: t for _, _, given in launches for k, t in given.items() if _is_tensor(t)}
+            new = [(k, t.shape, t.dtype) for k, t in used.items() if k not in tensors]
+            _PLANS[signature] = new, [_start(*launch) for launch in launches]
+            return tensors | used
+        new, launches = _PLANS[signature]
+        for name, shape, dtype in new:
+            like_x = len(shape) == 5
+            tensors[name] = torch.empty_like(x) if like_x else x.new_empty(shape, dtype=dtype)
+        for launch, arguments, places in launches:
+            arguments = arguments.copy()
+            for i, name in places:
+                arguments[i] = tensors[name]
+            launch(*arguments)
+    return tensors
+
+
+def _start(kernel, grid: tuple, given: dict) -> tuple[Callable, list, list]:
+    """Start a launch. Returns what starts it again: a function, its arguments, and which of these
+    are tensors, for which the arguments have None.
+
+    Triton returns the compiled kernel, which can be run without Triton's binding of arguments, in
+    1.5 us instead of 10. Only this function touches Triton's internals. If they are not as
+    expected, or in the interpreter, every launch is an ordinary one.
+    """
+    arguments = [given[name] for name in kernel.arg_names]
+    places = [(i, name) for i, name in enumerate(kernel.arg_names) if _is_tensor(given[name])]
+    for i, _ in places:
+        arguments[i] = None
+    compiled = kernel[grid](**given)
+    try:
+        start = compiled.run
+        handle = (compiled.function, compiled.packed_metadata, None, None, None)
+        driver = triton.runtime.driver.active
+    except AttributeError:
+        return partial(kernel[grid], num_warps=given["num_warps"]), arguments, places
+
+    def launch(*values):
+        stream = driver.get_current_stream(driver.get_current_device())
+        start(*grid, 1, 1, stream, *handle, *values)
+
+    return launch, arguments, places
+
+
+def _is_tensor(value) -> bool:
+    return isinstance(value, Tensor)
+
+
+# ------------------------------------------------------------------------- autograd and custom ops
+# In eager mode, `_Direct` calls the functions of both passes. torch.compile needs custom ops, whose
+# dispatch takes longer than everything else.
+def _forward_pass(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None, leak: float,
     residual: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """y and the statistics; three launches."""
-    y, stats = _forward_outputs(x)
-    _run(_forward_launches(x, weight, bias, slope, leak, residual, eps, y, stats), x)
-    return y, stats
+    """y and the statistics."""
+    tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "residual": residual}
+    tensors = _run(_forward_launches, leak, eps, **tensors)
+    return tensors["y"], tensors["stats"]
 
 
-@torch.library.custom_op("mirror_unet::norm_act_backward", mutates_args=())
-def _backward_op(
+def _backward_pass(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
     slope: Tensor | None, leak: float, stats: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the parameters; three launches."""
-    arguments = (grad_y, x, weight, bias, slope, leak, stats)
-    outputs = _backward_outputs(*arguments)
-    _run(_backward_launches(*arguments, *outputs), x)
-    return outputs
+    """The gradient of x, and those of bias, weight and slope, joined: (2 C + slopes,)."""
+    tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "stats": stats}
+    tensors = _run(_backward_launches, leak, grad_y=grad_y, **tensors)
+    return tensors["grad_x"], tensors["sums"]
 
 
 def _save(ctx, inputs, output):
@@ -582,19 +669,95 @@ def _gradients(ctx, grad_output, _):
     if grad_output is None:
         return (None,) * 7
     x, weight, bias, slope, stats = ctx.saved_tensors
-    grad_x, sums = _backward_op(grad_output, x, weight, bias, slope, ctx.leak, stats)
-    dslope = None if slope is None else sums[2]
-    grads = _parameter_grads(weight, bias, slope, sums[1], sums[0], dslope)
+    direct = _is_eager(grad_output) and not torch.is_grad_enabled()  # else an error, by the op
+    run = _backward_pass if direct else _backward_op
+    grad_x, sums = run(grad_output, x, weight, bias, slope, ctx.leak, stats)
+    c = x.shape[1]
+    dbias, dweight, dslope = sums.split_with_sizes((c, c, sums.shape[0] - 2 * c))
+    grads = _parameter_grads(weight, bias, slope, dweight, dbias, dslope)
     dresidual = None if ctx.residual_dtype is None else grad_output.to(ctx.residual_dtype)
     return grad_x, *grads, None, dresidual, None
 
 
+def _is_eager(x: Tensor) -> bool:
+    """Whether kernels can be launched now: not on a compiler's symbolic tensors."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+class _Direct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward_pass(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
+
+
+_op = torch.library.custom_op("mirror_unet::norm_act", _forward_pass, mutates_args=())
 _op.register_fake(_forward_outputs)
-_backward_op.register_fake(_backward_outputs)
 _op.register_autograd(_gradients, setup_context=_save)
+_backward_op = torch.library.custom_op(
+    "mirror_unet::norm_act_backward", _backward_pass, mutates_args=()
+)
+_backward_op.register_fake(_backward_outputs)
 
 
-def norm_act_triton(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
-    """`norm_act_ref` as Triton kernels; first derivatives only."""
-    slope, leak = _check(x, weight, bias, slope, residual)
-    return _op(x, weight, bias, slope, leak, residual, eps)[0]
+def norm_act_triton(
+    x, weight=None, bias=None, slope=None, residual=None, eps=1e-5, stats=None
+) -> Tensor:
+    """`norm_act_ref` as Triton kernels; first derivatives only.
+
+    y.known is {"stats": mean and r}. A call without gradients that gets them back, for the same x
+    and eps, takes one launch: this is for what is computed again in the backward pass.
+    """
+    eager = _is_eager(x) and x.dim() == 5  # then the plan checks all shapes, once
+    slope, leak = _split(slope) if eager else _check(x, weight, bias, slope, residual)
+    weight, bias, slope = (t if t is None else t.contiguous() for t in (weight, bias, slope))
+    inputs = (x, weight, bias, slope, leak, residual, eps)
+    if not eager:
+        return _op(*inputs)[0]
+    if torch.is_grad_enabled():
+        y, stats = _Direct.apply(*inputs)
+        y.known = {"stats": stats}
+        return y
+    if stats is None:
+        return _forward_pass(*inputs)[0]
+    tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "residual": residual}
+    return _run(_forward_launches, leak, eps, stats=stats, **tensors)["y"]
+
+
+def norm_act(x, *options, **named) -> Tensor:
+    """`norm_act_ref` by the path that fits x's device: a GPU's kernels, or plain PyTorch."""
+    path = norm_act_triton if x.is_cuda and triton is not None else norm_act_plain
+    return path(x, *options, **named)
+
+
+class NormAct(torch.nn.InstanceNorm3d):
+    """A drop-in for `nn.InstanceNorm3d`, (B, C, D, H, W) or (C, D, H, W), and for what follows it.
+
+    Takes the arguments of `nn.InstanceNorm3d` and loads its state dict.
+
+    Args:
+        slope: None: norm alone; a number: LeakyReLU; a tensor of 1 or C values: PReLU, learned. A
+            state dict without "slope" leaves it as it is.
+
+    forward(x, residual=None) adds the residual. Raises ValueError for track_running_stats=True, as
+    the statistics are always those of x.
+    """
+
+    def __init__(self, *options, slope: Tensor | float | None = None, **named):
+        super().__init__(*options, **named)
+        if self.track_running_stats:
+            raise ValueError("NormAct has no running statistics: leave track_running_stats out")
+        self.slope = torch.nn.Parameter(slope.detach()) if isinstance(slope, Tensor) else slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.dim() == 4:  # without a batch
+            return self(x[None], None if residual is None else residual[None])[0]
+        return norm_act(x, self.weight, self.bias, self.slope, residual, self.eps)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if isinstance(self.slope, Tensor):
+            state_dict.setdefault(prefix + "slope", self.slope.detach())
+        super()._load_from_state_dict(state_dict, prefix, *rest)

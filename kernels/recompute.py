@@ -5,8 +5,9 @@ cheap to compute again from tensors that are kept anyway: a norm and PReLU of th
 convolution's output, or a concatenation. Such a tensor carries a function, `x.again`, that makes it
 once more, and the convolution keeps that function instead of x. Between forward and backward pass,
 a v3 step at 96^3 then keeps 185 bytes per voxel of the patch instead of 291, and pays with one more
-pass of `norm_act` per unit. Both counts are those of tests/test_mirror_unet.py: what autograd saves
-without the parameters, and the batch (clean and corrupted images, int64 labels).
+pass of `norm_act` per unit; on a GPU only its last launch, as `y.known` keeps the statistics. Both
+counts are those of tests/test_mirror_unet.py: what autograd saves without the parameters, and the
+batch (clean and corrupted images, int64 labels).
 
 Under torch.compile both functions are plain calls: the compiler has its own recomputation.
 """
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 
 
 def recomputable(make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """make(*inputs), carrying the call; inputs that are recomputable are then made again, too."""
+    """make(*inputs), carrying the call; inputs that are recomputable are then made again, too.
+
+    If the result y of the first call has an attribute `known`, a dict of what is worth keeping, the
+    later call is make(*inputs, **y.known).
+    """
     y = make(*inputs)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         sources = [getattr(x, "again", lambda x=x: x) for x in inputs]
+        known = getattr(y, "known", {})
 
         @torch.no_grad()
         def again() -> Tensor:
-            return make(*[source() for source in sources])
+            return make(*[source() for source in sources], **known)
 
         y.again = again  # type: ignore
     return y

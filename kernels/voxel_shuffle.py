@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT, (c) 2026 the Mirror U-Net from scratch contributors
+# Needs torch >= 2.8 and, for its kernels, triton >= 3.4; nothing else.
 """Voxel shuffling: random permutations of the voxels in cubes (the paper's self-supervision of CT).
 
 The permutation is a *keyed bijection* of the cube's coordinates (i, j, k), each in [0, s): a
@@ -81,22 +83,23 @@ def _permute(size: int, key: Tensor, inverse: bool = False) -> tuple[Tensor, Ten
     return tuple(ijk)
 
 
-def _cubes(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
-    """(B, N, 4) int64 on the CPU: corner and 32-bit key of every cube, all checked."""
-    # Corners are drawn on the CPU anyway; from a GPU, this would synchronize.
-    corners, seeds = corners.to("cpu", torch.int64), seeds.to("cpu", torch.int64)
-    b, volume = len(x), tuple(x.shape[2:])
+def _checked(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
+    """Corners (B, N, 3) as int64, all checked; on a GPU moved into the volume instead, without
+    waiting for it."""
+    b, volume = len(x), x.shape[2:]
     if corners.dim() != 3 or corners.shape[0] != b or corners.shape[2] != 3:
         raise ValueError(f"corners: expected ({b}, N, 3), got {tuple(corners.shape)}")
     if seeds.shape != (b,):
         raise ValueError(f"seed: expected one integer or one per sample, got {tuple(seeds.shape)}")
-    table = []
-    for seed, cubes in zip(seeds.tolist(), corners.tolist()):
-        for n, corner in enumerate(cubes):
-            if size < 1 or not all(0 <= a <= side - size for a, side in zip(corner, volume)):
-                raise ValueError(f"cube at {corner}, side {size}: not inside the volume {volume}")
-            table.append((*corner, _key(seed, n)))
-    return torch.tensor(table, dtype=torch.int64).view(*corners.shape[:2], 4)
+    corners = corners.long()
+    room = [side - size for side in volume]
+    if corners.device.type != "cpu" and min(size - 1, *room) >= 0:
+        return torch.stack([corners[..., i].clamp(0, room[i]) for i in range(3)], -1)
+    wrong = (corners < 0) | (corners > corners.new_tensor(room)) | (size < 1)
+    if wrong.any():
+        corner = corners[wrong.any(-1)][0].tolist()
+        raise ValueError(f"cube at {corner}, side {size}: not inside the volume {tuple(volume)}")
+    return corners
 
 
 def _key(seed: int, cube: int) -> int:
@@ -127,20 +130,22 @@ def voxel_shuffle_ref(
 
     Args:
         x: (B, C, D, H, W), any dtype; all channels of a sample get the same permutation.
-        corners: (B, N, 3) integers: the lowest voxel of each cube; best kept on the CPU.
+        corners: (B, N, 3) integers: the lowest voxel of each cube. On a GPU the Triton path cannot
+            check them without waiting, and moves such cubes into the volume instead.
         size: side of the cubes in voxels.
         seed: the key: an integer (sample b uses seed + b) or (B,) integers, one per sample.
         inverse: undo the shuffle with the same arguments.
 
     Returns a new tensor like x. Raises ValueError if a cube is not inside the volume.
     """
-    cubes = _cubes(x, torch.as_tensor(corners), _seeds(x, seed), size)
+    corners, seeds = torch.as_tensor(corners).cpu(), _seeds(x, seed)
+    corners = _checked(x, corners, seeds, size).tolist()
     y = x.clone()  # keeps the layout
-    order = range(cubes.shape[1])
-    for b in range(len(x)):
-        for n in reversed(order) if inverse else order:
-            d, h, w, key = cubes[b, n].tolist()
-            i, j, k = _permute(size, torch.tensor(key, device=x.device), inverse)
+    for b, sample_seed in enumerate(seeds.tolist()):
+        cubes = list(enumerate(corners[b]))
+        for n, (d, h, w) in reversed(cubes) if inverse else cubes:
+            key = torch.tensor(_key(sample_seed, n), device=x.device)
+            i, j, k = _permute(size, key, inverse)
             cube = y[b, :, d : d + size, h : h + size, w : w + size]  # (C, size, size, size)
             cube.copy_(cube[:, i, j, k])
     return y
@@ -164,8 +169,9 @@ if triton is not None:
     @triton.jit
     def _shuffle_kernel(
         x, y,  # (B, C, D, H, W), strides below
-        cubes,  # (B, N, 4) int64: corner d, h, w and key
+        cubes,  # (B, 3 N + 1) int64: corners d, h, w of all cubes, then the seed
         N, H, W, run,  # run: the number of elements adjacent in memory, D H W INNER
+        runs, blocks,  # runs per sample, blocks per run
         xb, xc, xd, xh, xw, yb, yc, yd, yh, yw,
         INNER: tl.constexpr,  # channels that are adjacent: C in channels_last_3d, else 1
         DENSE: tl.constexpr,  # x and y are laid out as the runs are
@@ -173,14 +179,15 @@ if triton is not None:
         SIZE: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
         ROUNDS: tl.constexpr = ROUNDS,
     ):
-        b = tl.program_id(2).to(tl.int64)
+        block = tl.program_id(0) % blocks
+        index = tl.program_id(0) // blocks
+        b = (index // runs).to(tl.int64)
         x, y = x + b * xb, y + b * yb
         if INNER == 1:  # one run per channel
-            channel = tl.program_id(1).to(tl.int64)
+            channel = (index % runs).to(tl.int64)
             x, y = x + channel * xc, y + channel * yc
-        cubes += b * N * 4
-        block = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
-        start = block * BLOCK
+        cubes += b * (3 * N + 1)
+        start = (block.to(tl.int64) if WIDE else block) * BLOCK
         m = start + tl.arange(0, BLOCK)  # (BLOCK,) index in the run
         mask = m < run
 
@@ -191,7 +198,7 @@ if triton is not None:
         d0, d1 = row0 // H, row1 // H
         near = d0 < 0  # no
         for n in range(N):
-            d, h = tl.load(cubes + 4 * n), tl.load(cubes + 4 * n + 1)
+            d, h = tl.load(cubes + 3 * n), tl.load(cubes + 3 * n + 1)
             rows = (d0 != d1) | (row1 - d0 * H >= h) & (row0 - d0 * H < h + SIZE)
             near = near | ((d1 >= d) & (d0 < d + SIZE) & rows)
 
@@ -204,12 +211,15 @@ if triton is not None:
             if not DENSE:
                 target = c.to(tl.int64) * yc + d.to(tl.int64) * yd
                 target = target + h.to(tl.int64) * yh + w.to(tl.int64) * yw
+            seed = tl.load(cubes + 3 * N)
+            low = _mix_word(seed.to(tl.uint32))
+            high = _mix_word((seed >> 32).to(tl.uint32) ^ 0x5BD1E995)
             for step in range(N):
-                cube = cubes + 4 * (step if INVERSE else N - 1 - step)
-                d_n = tl.load(cube).to(tl.int32)
-                h_n = tl.load(cube + 1).to(tl.int32)
-                w_n = tl.load(cube + 2).to(tl.int32)
-                key = tl.load(cube + 3).to(tl.uint32)
+                n = step if INVERSE else N - 1 - step
+                d_n = tl.load(cubes + 3 * n).to(tl.int32)
+                h_n = tl.load(cubes + 3 * n + 1).to(tl.int32)
+                w_n = tl.load(cubes + 3 * n + 2).to(tl.int32)
+                key = _mix_word(low + high + 0x632BE5AB * tl.cast(n + 1, tl.uint32))  # `_key`
                 # Unsigned: coordinates below the corner become huge; one comparison per axis.
                 i, j, k = (d - d_n).to(tl.uint32), (h - h_n).to(tl.uint32), (w - w_n).to(tl.uint32)
                 in_cube = (i < SIZE) & (j < SIZE) & (k < SIZE)
@@ -242,12 +252,14 @@ def _launch(x: Tensor, y: Tensor, cubes: Tensor, size: int, inverse: bool) -> tu
         dense &= all(t.stride(axis) == stride or t.shape[axis] == 1 for t in (x, y))
     word = _WORDS[x.element_size()]
     block = min(_BYTES // max(x.element_size(), 2), triton.next_power_of_2(run))
-    arguments = {"x": x.view(word), "y": y.view(word), "cubes": cubes, "N": cubes.shape[1]}
+    runs, blocks = channels // inner, triton.cdiv(run, block)
+    arguments = {"x": x.view(word), "y": y.view(word), "cubes": cubes, "N": cubes.shape[1] // 3}
     arguments |= {"H": height, "W": width, "run": run, "INNER": inner, "DENSE": dense}
+    arguments |= {"runs": runs, "blocks": blocks}
     arguments |= {f"x{axis}": stride for axis, stride in zip("bcdhw", x.stride())}
     arguments |= {f"y{axis}": stride for axis, stride in zip("bcdhw", y.stride())}
     arguments |= {"SIZE": size, "INVERSE": inverse, "WIDE": run + block > 2**31, "BLOCK": block}
-    return _shuffle_kernel, (triton.cdiv(run, block), channels // inner, batch), arguments
+    return _shuffle_kernel, (blocks * runs * batch,), arguments
 
 
 @torch.library.custom_op("mirror_unet::voxel_shuffle", mutates_args=())
@@ -257,11 +269,15 @@ def _shuffle(
     """The shuffle as an op for autograd and torch.compile."""
     if not use_triton:
         return voxel_shuffle_ref(x, corners, size, seeds, inverse)
-    cubes = _cubes(x, corners, seeds, size).to(x.device, non_blocking=True)
+    parts = [_checked(x, corners, seeds, size).flatten(1), seeds.long()[:, None]]
+    if corners.device != seeds.device:
+        parts = [part.to(x.device, non_blocking=True) for part in parts]
+    cubes = torch.cat(parts, 1).to(x.device, non_blocking=True)
     y = torch.empty_like(x)
     if x.numel():
         kernel, grid, arguments = _launch(x, y, cubes, size, inverse)
-        kernel[grid](**arguments)
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU
+            kernel[grid](**arguments)
     return y
 
 
@@ -287,3 +303,9 @@ def voxel_shuffle_plain(x, corners, size, seed, inverse=False) -> Tensor:
 def voxel_shuffle_triton(x, corners, size, seed, inverse=False) -> Tensor:
     """`voxel_shuffle_ref` as one Triton launch, the same bits; on a GPU, or in the interpreter."""
     return _shuffle(x, torch.as_tensor(corners), _seeds(x, seed), size, inverse, True)
+
+
+def voxel_shuffle(x, corners, size, seed, inverse=False) -> Tensor:
+    """`voxel_shuffle_ref` by the path that fits x's device: a GPU's kernel, or plain PyTorch."""
+    use_triton = x.is_cuda and triton is not None
+    return _shuffle(x, torch.as_tensor(corners), _seeds(x, seed), size, inverse, use_triton)

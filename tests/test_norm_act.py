@@ -1,4 +1,8 @@
-"""norm_act: the definition against the formula, both paths against the definition in float64."""
+"""norm_act: the definition against the formula, all paths against the definition in float64."""
+
+import importlib
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -6,26 +10,34 @@ from conftest import DEVICE
 from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
-from kernels.norm_act import (
-    _backward_launches,
-    _backward_outputs,
-    _forward_launches,
-    _forward_outputs,
-    _run,
-    norm_act_plain,
-    norm_act_ref,
-    norm_act_triton,
-)
+from kernels.norm_act import NormAct, norm_act_plain, norm_act_ref, norm_act_triton
 
 triton = pytest.importorskip("triton")
+norm_act_file = importlib.import_module("kernels.norm_act")  # kernels.norm_act is the function
+pytestmark = pytest.mark.cuda
 
 LAST = torch.channels_last_3d
 LAYOUTS = [torch.contiguous_format, LAST]
-PATHS = [norm_act_plain, norm_act_triton]
 slow = pytest.mark.slow
-# Wide sweeps in Triton's interpreter take minutes; a quick test next to each has examples.
-SWEEP = [norm_act_plain, pytest.param(norm_act_triton, marks=slow)]
 NAMES = ("y", "x", "weight", "bias", "slope", "residual")
+
+
+def norm_act_tiles(*args, **options):
+    """`norm_act_triton` in the form for large volumes, inside a `with form(norm_act_tiles)`."""
+    return norm_act_triton(*args, **options)
+
+
+def form(f):
+    """A context in which f runs forward and backward."""
+    if f is not norm_act_tiles:
+        return nullcontext()
+    return mock.patch.multiple(norm_act_file, REGISTERS=0, _PLANS={})
+
+
+PATHS = [norm_act_plain, norm_act_triton]
+TRITON = [norm_act_triton, norm_act_tiles]
+# Wide sweeps in Triton's interpreter take minutes; a quick test next to each has examples.
+SWEEP = [norm_act_plain, *(pytest.param(f, marks=slow) for f in TRITON)]
 
 
 def make_arguments(
@@ -53,9 +65,10 @@ def make_arguments(
 def run_both_ways(f, args, grad_output, **options):
     """y and the gradients of all tensors in args, in their places."""
     args = [a.detach().requires_grad_() if torch.is_tensor(a) else a for a in args]
-    y = f(*args, **options)
     tensors = [a for a in args if torch.is_tensor(a)]
-    grads = iter(torch.autograd.grad(y, tensors, grad_output))
+    with form(f):
+        y = f(*args, **options)
+        grads = iter(torch.autograd.grad(y, tensors, grad_output))
     return [y, *(next(grads) if torch.is_tensor(a) else None for a in args)]
 
 
@@ -143,9 +156,9 @@ def test_all_options(f, layout, slopes, affine, residual):
         (torch.contiguous_format, None, True, False),
     ],
 )
-def test_options_on_triton(layout, slopes, affine, residual):
-    args = make_arguments(slopes=slopes, layout=layout, affine=affine, residual=residual)
-    check(norm_act_triton, args)
+@pytest.mark.parametrize("f", TRITON)
+def test_options_on_triton(f, layout, slopes, affine, residual):
+    check(f, make_arguments(slopes=slopes, layout=layout, affine=affine, residual=residual))
 
 
 SHAPES = [
@@ -168,8 +181,9 @@ def test_all_shapes(f, layout, shape):
 
 
 @pytest.mark.parametrize("layout,shape", [(LAST, SHAPES[4]), (LAYOUTS[0], SHAPES[1])])
-def test_shapes_on_triton(layout, shape):
-    y = check(norm_act_triton, make_arguments(shape, slopes=shape[1], layout=layout))[0]
+@pytest.mark.parametrize("f", TRITON)
+def test_shapes_on_triton(f, layout, shape):
+    y = check(f, make_arguments(shape, slopes=shape[1], layout=layout))[0]
     assert y.is_contiguous(memory_format=layout)
 
 
@@ -188,8 +202,9 @@ def test_all_dtypes(f, layout, dtype):
     check_dtype(f, layout, dtype)
 
 
-def test_bfloat16_on_triton():
-    check_dtype(norm_act_triton, LAST, torch.bfloat16)
+@pytest.mark.parametrize("f", TRITON)
+def test_bfloat16_on_triton(f):
+    check_dtype(f, LAST, torch.bfloat16)
 
 
 def test_the_switch_passes_everything_on():
@@ -226,7 +241,9 @@ def check_view(f, view, where):
         residual = given if where == "residual" else residual
         args = (x, weight, bias, slope, residual)
         if where == "x" and view == "one number":  # variance 0: every z is the bias
-            found, expected = f(*args, eps=1e-3), norm_act_ref(*args, eps=1e-3)
+            with form(f):
+                found = f(*args, eps=1e-3)
+            expected = norm_act_ref(*args, eps=1e-3)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
             continue
         y = check(f, args, given if where == "grad_output" else None)[0]
@@ -249,8 +266,9 @@ def test_all_views(f, view, where):
         ("one number", "grad_output"),
     ],
 )
-def test_views_on_triton(view, where):
-    check_view(norm_act_triton, view, where)
+@pytest.mark.parametrize("f", TRITON)
+def test_views_on_triton(f, view, where):
+    check_view(f, view, where)
 
 
 def test_tensors_may_have_different_layouts():
@@ -263,6 +281,102 @@ def test_tensors_may_have_different_layouts():
     check(norm_act_triton, (x, weight, bias, slope, residual), grad_output)
 
 
+@pytest.mark.parametrize("f", PATHS)
+def test_parameters_may_be_views_with_strides(f):
+    x, weight, bias, slope, residual = make_arguments((2, 3, 4, 5, 6), slopes=3)
+    expected = f(x, weight, bias, slope, residual)
+    wide = torch.stack([weight, weight + 1], 1)[:, 0]
+    assert torch.equal(f(x, wide, bias.flip(0).flip(0), slope, residual), expected)
+    one = slope[1:2]
+    assert torch.equal(f(x, weight, bias, one.expand(3)), f(x, weight, bias, one))
+
+
+@pytest.mark.parametrize("f", TRITON)
+def test_more_samples_than_the_second_axis_of_a_grid_has(f):
+    x = torch.empty(2**16 + 3, 2, 2, 2, 2, device="meta")
+    _, stats = norm_act_file._forward_outputs(x)
+    with form(f):
+        launches = norm_act_file._forward_launches(1.0, 1e-5, x, None, None, None, None)
+        launches += norm_act_file._backward_launches(1.0, x, x, None, None, None, stats)
+    assert all(len(grid) == 1 for _, grid, _ in launches)
+
+
+# ------------------------------------------------------------------- plans, kept between the calls
+@pytest.mark.parametrize("f", TRITON)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_later_calls_take_their_own_tensors(f, layout):
+    """The first call, with one tensor in two places, must not decide where later calls read."""
+    torch.manual_seed(1)
+    make = [torch.randn(2, 3, 4, 5, 6, device=DEVICE).contiguous(memory_format=layout)]
+    make += [torch.randn_like(make[0]) for _ in range(3)]
+    parameters = [torch.rand(3, device=DEVICE) for _ in range(3)]
+    w = parameters[0]
+    with form(f), mock.patch.object(norm_act_file, "_PLANS", {}):
+        same = run_both_ways(norm_act_triton, (make[0], w, w, w, make[0]), make[0])[0]
+        plans = len(norm_act_file._PLANS)
+        args = (make[1], *parameters, make[2])
+        found = run_both_ways(norm_act_triton, args, make[3])
+        assert len(norm_act_file._PLANS) == plans == 2
+    torch.testing.assert_close(same, norm_act_ref(make[0], w, w, w, make[0]))
+    expected = run_both_ways(norm_act_ref, args, make[3])
+    for name, ours, truth in zip(NAMES, found, expected):
+        torch.testing.assert_close(ours, truth, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_what_a_compiled_kernel_depends_on_makes_a_new_plan():
+    with mock.patch.object(norm_act_file, "_PLANS", {}) as plans, torch.no_grad():
+        x = torch.randn(2, 4, 4, 4, 5, device=DEVICE)
+        w = torch.ones(5, device=DEVICE)
+        variants = [
+            (x, {}),
+            (x, {"eps": 1e-3}),
+            (x, {"slope": 0.1}),
+            (x, {"slope": 0.2}),
+            (x, {"slope": w[:1]}),
+            (x, {"slope": w[:4]}),
+            (x, {"weight": w[:4]}),
+            (x, {"weight": w[1:]}),  # an address that is no multiple of 16
+            (x, {"bias": w[:4]}),
+            (x, {"residual": x}),
+            (x, {"residual": x.contiguous(memory_format=LAST)}),
+            (x.contiguous(memory_format=LAST), {}),
+            (x.bfloat16(), {}),
+            (x[..., :4], {}),
+            (x[..., 1:], {}),
+        ]
+        for n, (x, options) in enumerate(variants):
+            for _ in range(2):
+                torch.testing.assert_close(
+                    norm_act_triton(x, **options), norm_act_ref(x, **options), atol=1e-2, rtol=1e-2
+                )
+            assert len(plans) == n + 1
+
+
+@pytest.mark.parametrize("f", TRITON)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_call_with_known_statistics_gives_the_same_bits_in_one_launch(f, layout):
+    args = make_arguments((2, 3, 6, 7, 8), layout=layout)
+    args[0].requires_grad_()
+    with form(f):
+        y = f(*args)
+        assert set(y.known) == {"stats"} and not y.known["stats"].requires_grad
+        with torch.no_grad(), mock.patch.object(norm_act_file, "_PLANS", {}) as plans:
+            assert torch.equal(f(*args, **y.known), y)
+            assert torch.equal(f(*args, **y.known), y)
+            [(_, launches)] = plans.values()
+            assert len(launches) == 1
+            assert not hasattr(f(*args), "known")
+    assert not hasattr(norm_act_plain(*args), "known")
+
+
+@pytest.mark.parametrize("f", PATHS)
+def test_second_derivatives_are_an_error(f):
+    x = torch.randn(1, 2, 3, 3, 3, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
 # -------------------------------------------------------------------------------------- precision
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -271,6 +385,7 @@ def test_tensors_may_have_different_layouts():
         (norm_act_plain, (1, 1, 128, 128, 128)),
         (norm_act_plain, (1, 2, 32, 32, 32)),
         (norm_act_triton, (1, 2, 32, 32, 32)),
+        (norm_act_triton, (1, 2, 16, 16, 16)),
         pytest.param(norm_act_triton, (1, 1, 128, 128, 128), marks=slow),
     ],
 )
@@ -323,10 +438,11 @@ def test_a_nan_stays_in_its_instance(f, layout):
     assert torch.equal(y[0], clean[0]) and torch.equal(y[1, :2], clean[1, :2])
 
 
-def test_triton_is_bitwise_deterministic():
+@pytest.mark.parametrize("f", TRITON)
+def test_triton_is_bitwise_deterministic(f):
     args = make_arguments((1, 2, 24, 24, 24))  # two tiles per instance
     grad_output = torch.randn(args[0].shape, device=DEVICE)
-    first, second = (run_both_ways(norm_act_triton, args, grad_output) for _ in range(2))
+    first, second = (run_both_ways(f, args, grad_output) for _ in range(2))
     for name, a, b in zip(NAMES, first, second):
         assert torch.equal(a, b), name
 
@@ -357,34 +473,50 @@ def test_the_gradient_of_the_residual_is_grad_output_itself(f):
     assert found.data_ptr() == grad_output.data_ptr()
 
 
+OUTPUTS = {"y", "stats", "partials", "grad_x", "means", "sums"}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_fill_their_outputs_and_nothing_around_them(layout):
+@pytest.mark.parametrize("f", TRITON)
+def test_kernels_fill_their_outputs_and_nothing_around_them(f, layout):
     """Every output is moved into a larger field; the tiles exceed the volume on every side."""
     unused = 12345.0
     pad = 256
     fields = {}
 
-    def run(launches, names):
-        """Run the launches, with the tensors of these names moved into the fields."""
-        for _, _, arguments in launches:
-            for name in names & set(arguments):
+    def run(launches):
+        """Run the launches, with their outputs moved into the fields."""
+        for kernel, grid, arguments in launches:
+            for name in OUTPUTS & set(arguments):
                 t = arguments[name]
-                field = torch.full((t.numel() + 2 * pad,), unused, device=DEVICE)
-                field = fields.setdefault(name, field)
-                arguments[name] = field.as_strided(t.shape, t.stride(), pad)
-        _run(launches, x)
+                if t is not None and t is not stats:
+                    field = torch.full((t.numel() + 2 * pad,), unused, device=DEVICE)
+                    field = fields.setdefault(name, field)
+                    arguments[name] = field.as_strided(t.shape, t.stride(), pad)
+            kernel[grid](**arguments)
+
+    def check_fields(*names):
+        """Every number inside these fields was written, and none around them."""
+        for name in names:
+            field = fields.pop(name)
+            assert (field[:pad] == unused).all() and (field[-pad:] == unused).all(), name
+            assert (field[pad:-pad] != unused).all(), name
 
     x = torch.randn(2, 3, 5, 3, 7, device=DEVICE).contiguous(memory_format=layout)
     p = torch.ones(3, device=DEVICE)
-    run(_forward_launches(x, p, p, p, 1.0, x, 1e-5, *_forward_outputs(x)), {"y", "stats"})
-    stats = fields["stats"][pad:-pad].view(2, 2, 3)
-    given = (x, x, p, p, p, 1.0, stats)
-    launches = _backward_launches(*given, *_backward_outputs(*given))
-    run(launches, {"grad_x", "means", "sums", "partials"})
-    assert set(fields) == {"y", "stats", "grad_x", "means", "sums", "partials"}
-    for name, field in fields.items():
-        assert (field[:pad] == unused).all() and (field[-pad:] == unused).all(), name
-        assert (field[pad:-pad] != unused).all(), name
+    given = (x, p, p, p[:1])
+    stats = None
+    with form(f):
+        run(norm_act_file._forward_launches(1.0, 1e-5, *given, x))
+        stats = fields["stats"][pad:-pad].view(2, 2, 3).clone()
+        assert fields.keys() - {"partials"} == {"y", "stats"}
+        check_fields(*list(fields))
+        run(norm_act_file._forward_launches(1.0, 1e-5, *given, x, stats))
+        assert fields.keys() == {"y"}
+        check_fields("y")
+        run(norm_act_file._backward_launches(1.0, x, *given, stats))
+        assert fields.keys() - {"means"} == {"grad_x", "sums", "partials"}
+        check_fields(*list(fields))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a CPU provides pages on use; a GPU would need 9 GB")
@@ -408,7 +540,8 @@ def test_samples_more_than_2_to_31_elements_apart(f):
 def test_gradcheck(f, slopes):
     args = make_arguments((2, 2, 1, 3, 1), slopes)
     args = [t.double().requires_grad_() if torch.is_tensor(t) else t for t in args]
-    assert torch.autograd.gradcheck(f, args)
+    with form(f):
+        assert torch.autograd.gradcheck(f, args)
 
 
 OPTIONS = [  # layout, affine, slopes, residual
@@ -485,3 +618,34 @@ def test_shapes_that_do_not_match_are_errors(f, name, shape):
     shapes[name] = shape
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         f(**{name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()})
+
+
+# ------------------------------------------------------------------------------------- the module
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_module_replaces_instance_norm_and_loads_its_state(affine):
+    torch.manual_seed(0)
+    theirs = torch.nn.InstanceNorm3d(3, eps=1e-3, affine=affine).to(DEVICE)
+    ours = NormAct(3, eps=1e-3, affine=affine, slope=torch.full((1,), 0.2)).to(DEVICE)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    x, _, _, _, residual = make_arguments()
+    expected = torch.nn.functional.leaky_relu(theirs(x), 0.2) + residual
+    torch.testing.assert_close(ours(x, residual), expected)
+    torch.testing.assert_close(ours(x[0], residual[0]), expected[0])  # without a batch
+    plain = NormAct(3, eps=1e-3, affine=affine).to(DEVICE)
+    plain.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(plain(x), theirs(x))
+    assert plain.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_the_module_learns_its_slopes_and_has_no_running_statistics():
+    layer = NormAct(3, affine=True, slope=torch.full((3,), 0.25)).to(DEVICE)
+    layer(make_arguments()[0]).square().sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters()}
+    assert grads.keys() == {"weight", "bias", "slope"} and (grads["slope"] != 0).all()
+    again = NormAct(3, affine=True, slope=torch.zeros(3)).to(DEVICE)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.slope, layer.slope)
+    with pytest.raises(ValueError, match="no running statistics"):
+        NormAct(3, track_running_stats=True)

@@ -467,6 +467,16 @@ def test_the_corruption_of_a_sample_depends_only_on_its_key(how):
     assert not same(y[0], y[1]) and not same(y[0], y[2])
 
 
+@pytest.mark.parametrize("size,cubes", [(3, 2), (99, 1)])
+def test_the_loader_draws_the_corners_that_the_corruption_would_draw(three_cases, size, cubes):
+    data = PatchDataset(three_cases, (8, 6, 10), 2, cubes=(size, cubes))
+    batch = torch.utils.data.default_collate([data[0], data[1]])
+    assert batch["corners"].shape == (2, cubes, 3) and batch["corners"].dtype == torch.int64
+    drawn = corrupt_ct(batch["image"], "shuffle", batch["key"], size, cubes)
+    given = corrupt_ct(batch["image"], "shuffle", batch["key"], size, corners=batch["corners"])
+    assert torch.equal(given, drawn) and not torch.equal(given, batch["image"])
+
+
 def test_noise_is_gaussian_with_the_given_standard_deviation():
     x = torch.zeros(4, 2, 32, 32, 32)
     for sigma in (0.3, 0.05):

@@ -39,7 +39,7 @@ def studies(tmp_path_factory):
     root = tmp_path_factory.mktemp("studies")
     phantom.write_petct(root / "petct", 6, spacing=(10.0, 10.0, 10.0))
     args = ["--data", "petct", "--root", str(root / "petct"), "--cache", str(root / "cache")]
-    args += ["--folds", "2", *SMALL]
+    args += ["--folds", "2", "--device", "cpu", *SMALL]  # equal bits, two processes: no GPU
     train.load_cases(train.parse_config(args))
     return root, args
 

@@ -1,10 +1,13 @@
 """voxel_shuffle: a keyed, random-looking permutation inside its cubes, undone by its inverse."""
 
+import importlib.util
 import sys
+import types
 
 import pytest
 import torch
 from conftest import DEVICE, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.voxel_shuffle import (
@@ -14,6 +17,7 @@ from kernels.voxel_shuffle import (
     voxel_shuffle_triton,
 )
 
+pytestmark = pytest.mark.cuda
 LAST = torch.channels_last_3d
 LAYOUTS = [torch.contiguous_format, LAST]
 PATHS = [voxel_shuffle_plain, voxel_shuffle_triton]
@@ -95,6 +99,31 @@ def test_arguments_that_do_not_match_are_errors(path):
         path(x, torch.zeros(2, 1, 3), 4, 0)
     with pytest.raises(ValueError, match="one per sample"):
         path(x, torch.zeros(1, 1, 3, dtype=torch.int64), 8, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("path", [kernels.voxel_shuffle, *PATHS])
+def test_the_error_names_the_first_cube_that_is_not_inside(path):
+    x = torch.zeros(2, 1, 8, 9, 10, device=DEVICE)
+    corners = torch.tensor([[[0, 0, 0], [4, 5, 6]], [[4, 6, 6], [9, 9, 9]]])
+    with pytest.raises(ValueError, match=r"cube at \[4, 6, 6\], side 4: .*volume \(8, 9, 10\)"):
+        path(x, corners, 4, 0)
+    with pytest.raises(ValueError, match="side 0"):
+        path(x, corners[:, :1], 0, 0)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs corners on a GPU")
+def test_corners_on_a_gpu_are_moved_inside_and_nothing_waits():
+    x = torch.randn(2, 1, 9, 8, 7, device=DEVICE)
+    seeds = torch.tensor([3, 4], device=DEVICE)
+    corners = torch.tensor([[[-5, 2, 1]], [[99, 0, 99]]])
+    expected = voxel_shuffle_ref(x, torch.tensor([[[0, 2, 1]], [[4, 0, 2]]]), 5, seeds)
+    for given in (corners.cuda(), torch.tensor([[[0, 2, 1]], [[4, 0, 2]]])):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = voxel_shuffle_triton(x, given, 5, seeds)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found, expected)
 
 
 # ------------------------------------------------------------------- all paths give the same bits
@@ -287,7 +316,7 @@ def test_nothing_is_written_outside_the_output(layout, shape, corner):
     pad = 256
     block = torch.full((x.numel() + 2 * pad,), 7.0, device=DEVICE)
     output = block[pad:-pad].as_strided(x.shape, x.stride(), pad)
-    cubes = torch.tensor([[[*corner, 99]]], device=DEVICE)
+    cubes = torch.tensor([[*corner, 99]], device=DEVICE)
     kernel, grid, arguments = _launch(x, output, cubes, 3, False)
     kernel[grid](**arguments)
     assert (block[:pad] == 7).all() and (block[-pad:] == 7).all()
@@ -311,6 +340,34 @@ def test_strides_beyond_2_to_31(axis):
     assert torch.equal(voxel_shuffle_triton(x, corners, 3, 5), expected)
 
 
+def test_more_samples_than_the_third_axis_of_a_grid_has():
+    x = torch.empty(2**16 + 3, 2, 4, 4, 4, device="meta")
+    _, grid, _ = _launch(x, x, torch.empty(len(x), 4, dtype=torch.int64, device="meta"), 3, False)
+    assert grid == (2 * len(x),)
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the operations that PyTorch runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_work_longer_for_more_cubes(monkeypatch):
+    module = sys.modules["kernels.voxel_shuffle"]
+    monkeypatch.setattr(module, "_key", None)  # keys are made by the kernel
+    counts = []
+    for samples, cubes in ((1, 1), (3, 20)):
+        x = torch.randn(samples, 1, 4, 4, 4, device=DEVICE)
+        with CountOps() as ops:
+            voxel_shuffle_triton(x, torch.zeros(samples, cubes, 3, dtype=torch.int64), 2, 1)
+        counts.append(ops.count)
+    assert counts[0] == counts[1]
+
+
 def test_a_batch_takes_one_launch_that_moves_each_element_once():
     if DEVICE != "cpu":
         pytest.skip("launches are counted in the interpreter")
@@ -325,3 +382,50 @@ def test_a_batch_takes_one_launch_that_moves_each_element_once():
     assert traffic.launches == 1
     assert traffic.written == 4 * x.numel()
     assert 0 < traffic.read - 4 * x.numel() < 1000  # the rest: corners and keys of the cubes
+
+
+# --------------------------------------------------------------------- adapters for other libraries
+class Lambdad:
+    """As MONAI's: func on data[key] of each key."""
+
+    def __init__(self, keys, func):
+        self.keys, self.func = keys, func
+
+    def __call__(self, data):
+        return data | {key: self.func(data[key]) for key in self.keys}
+
+
+class Lambda:
+    """As TorchIO's: function on the data of the images of a type."""
+
+    def __init__(self, function, types_to_apply):
+        assert types_to_apply == ["intensity"]
+        self.function = function
+
+    def __call__(self, tensor):
+        return self.function(tensor)
+
+
+def test_the_adapters_of_the_documentation(monkeypatch):
+    """With MONAI's own transform where it is installed, else with one of the same form."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    code = text.split("as a transform of MONAI or TorchIO")[1].split("```")[1]
+    names: dict = {}
+    monkeypatch.setitem(sys.modules, "voxel_shuffle", sys.modules["kernels.voxel_shuffle"])
+    exec(code.removeprefix("python"), names)
+    if importlib.util.find_spec("monai") is None:
+        transforms = types.SimpleNamespace(Lambdad=Lambdad)
+        monkeypatch.setitem(sys.modules, "monai", types.SimpleNamespace(transforms=transforms))
+        monkeypatch.setitem(sys.modules, "monai.transforms", transforms)
+    torchio = types.SimpleNamespace(INTENSITY="intensity", Lambda=Lambda)
+    monkeypatch.setitem(sys.modules, "torchio", torchio)
+    x = torch.arange(2.0 * 20 * 18 * 17).reshape(2, 20, 18, 17)
+    torch.manual_seed(0)
+    shuffled = [names["monai_transform"]()({"image": x})["image"], names["torchio_transform"]()(x)]
+    assert not torch.equal(*shuffled)
+    torch.manual_seed(0)
+    assert torch.equal(names["shuffle_cubes"](x), shuffled[0])
+    for y in shuffled:
+        assert torch.equal(y[1] - y[0], torch.full_like(y[0], 20 * 18 * 17))
+        moved = (y[0] != x[0]).nonzero()
+        assert 4000 < len(moved) <= 16**3 and (moved.amax(0) - moved.amin(0) < 16).all()
