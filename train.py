@@ -42,7 +42,7 @@ import parallel
 import patches
 import phantom
 from config import SYSTEM, Config, as_argument, parse_config
-from files import Interrupts, UserError, atomic_write, clean_parts, run_program, writing
+from files import Interrupts, UserError, atomic_write, clean_parts, note, run_program, writing
 from graph import Graph, read_later
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
@@ -57,15 +57,15 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: no resampling
     else:
         root = Path(c.root)
-        if not root.is_dir():
-            raise UserError(f"--root {root}: no such folder")
-    found = data.find_petct(root) if c.task == "petct" else data.find_brain(root)
+    found, line = data.find_cases(root, c.task, True, c.patient_regex, c.label_codes)
     cases = data.build_cache(found, c.preprocessing, c.cache)
+    if parallel.rank() == 0:
+        note(f"{line}, {sum(not k.tumor for k in cases):,} without tumor")
     if len(cases) == 1:
         say("only one study: the run trains and validates on it; the table says nothing of others")
         return cases, cases
-    if c.splits:
-        splits = data.read_splits(c.splits, cases)
+    if own_folds := c.splits or data.find_splits(root):
+        splits = data.read_splits(own_folds, cases)
     else:
         splits = data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
     if not 0 <= c.fold < len(splits):

@@ -33,6 +33,7 @@ CORE = {
     "kernels/recompute.py": "keep less for the backward pass",
 }
 SUPPORT = {
+    "layouts.py": "folders of studies in any layout → cases",
     "files.py": "images read with care, atomic writes, clear errors",
     "parallel.py": "several processes that equal one with the joined batch",
     "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",
