@@ -126,7 +126,7 @@ class Config:
     sigma: float = number(0.3, 0, 1e6, "standard deviation of the noise, in CT windows")
     lambda_seg: float = number(0.5, 0, 1e6, "weight of Dice + CE in v1-v3, multitask, joint")
     lambda_rec: float = number(1e-3, 0, 1e6, "weight of the reconstruction there and in v2-rec")
-    lambda_cls: float = number(0.1, 0, 1e6, "weight of the classification in v3", before=1e-2)
+    lambda_cls: float = number(1e-2, 0, 1e6, "weight of the classification in v3")
     # optimization
     steps: int = number(10_000, 1, 10**9, "training steps")
     minutes: float = number(0.0, 0, 1e6, "stop the steps after this time at the latest; 0: never")

@@ -103,9 +103,10 @@ class MirrorLoss(nn.Module):
                 parts[f"{name}_ce"] = loss.detach() - parts[f"{name}_dice"]
             elif name == "tumor":
                 classification = bce(output, batch["tumor"])
-                if outputs.cells is not None:  # judge every cell by the voxels in it
-                    truth = F.adaptive_max_pool3d(batch["seg"].float(), outputs.cells.shape[1:])
-                    classification = bce(outputs.cells, truth)
+                cells: Tensor | None = outputs.cells  # type: ignore
+                if cells is not None:  # judge every cell by the voxels in it
+                    truth = F.adaptive_max_pool3d(batch["seg"].float(), cells.shape[1:])
+                    classification = bce(cells, truth)
                 parts["cls_bce"] = classification.detach()
             else:
                 reconstructions.append(l2(output, batch[name]))

@@ -38,7 +38,7 @@ classifier that says in which part of the patch the tumor is (theirs: classifier
 import re
 from itertools import combinations, product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,29 +92,25 @@ class BrainOutput(NamedTuple):
 
 # ------------------------------------------------------------------------------------------ layers
 class ConvUnit(nn.Module):
-    """Convolution -> norm -> PReLU (one slope). `up=True`: a transposed convolution, sides x 2.
+    """Convolution -> norm (see NORMS) -> PReLU (one slope); with norm "none", the first alone.
 
-    norm: see NORMS; "none": the convolution alone.
+    `up=True`: a transposed convolution, sides x 2.
     """
 
     def __init__(self, in_channels, out_channels, norm, kernel=3, stride=1, up=False):
         super().__init__()
-        bias = norm != "instance"
+        widths, more = (in_channels, out_channels), dict(bias=norm != "instance")
         if up:
-            self.conv = nn.ConvTranspose3d(
-                in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=bias
-            )
+            self.conv = nn.ConvTranspose3d(*widths, 3, 2, padding=1, output_padding=1, **more)
         else:
-            padding = kernel // 2
-            self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding, bias=bias)
-        self.norm = None
-        if norm == "none":
-            return
+            self.conv = nn.Conv3d(*widths, kernel, stride, padding=kernel // 2, **more)
+        self.norm: Any = None
         if norm == "batch":
             self.norm = nn.BatchNorm3d(out_channels)
-        else:
+        elif norm != "none":
             self.norm = nn.InstanceNorm3d(out_channels, affine=True)
-        self.slope = nn.Parameter(torch.full((1,), 0.25))
+        if self.norm is not None:
+            self.slope = nn.Parameter(torch.full((1,), 0.25))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = convolve(self.conv, x)
@@ -266,10 +262,9 @@ class CellClassifier(nn.Module):
 class ReleaseClassifier(nn.Module):
     """The release's: PET bottleneck (B, c5, d, h, w) -> logit (B,) and no cells.
 
-    Average pooling to 6^3 makes it take any patch size; for the paper's 96^3 the bottleneck is 6^3
-    and the pooling is the identity. It has batch norm whatever the others have: instance norm of a
-    single map would erase how strongly the map responds, which is the answer. (So does batch norm
-    in training with a batch of one.)
+    Average pooling to 6^3 makes it take any patch size; for the paper's 96^3 it is the identity.
+    Always with batch norm: instance norm of a single map would erase how strongly it responds,
+    which is the answer. (So does batch norm in training with a batch of one.)
     """
 
     def __init__(self, in_channels: int):
@@ -374,8 +369,8 @@ class MirrorUNet(nn.Module):
         """
         if len(self.reads) == 2:
             if x.shape[1] == 1:
-                name = f"{self.preset} {self.version}"
-                raise ValueError(f"{name} reads both modalities: give both, x (B, 2, D, H, W)")
+                problem = f"{self.preset} {self.version} reads both modalities"
+                raise ValueError(f"{problem}: give both, x (B, 2, D, H, W)")
             return self(x)
         self.check_input(x.shape, channels=1)
         bottleneck, skips = self.pet.encode(modality(x, 0))
@@ -390,18 +385,14 @@ class MirrorUNet(nn.Module):
         size, strides = tuple(shape[2:]), self.strides
         if any(n % s or n == 0 for n, s in zip(size, strides)):
             fit = tuple(max(s, s * round(n / s)) for n, s in zip(size, strides))
-            multiples = " x ".join(map(str, strides))
-            raise ValueError(
-                f"size {size}: the strides need multiples of {multiples}; use {fit}, for example"
-            )
+            need = f"the strides need multiples of {' x '.join(map(str, strides))}"
+            raise ValueError(f"size {size}: {need}; use {fit}, for example")
         values = prod([n // s for n, s in zip(size, strides)])  # per channel, at the bottleneck
         if self.norm == "batch":
             values *= shape[0]
         if values < 2 and (self.norm != "batch" or self.training):
-            raise ValueError(
-                f"size {size}: {self.norm.split('_')[0]} norm has one value per channel at the bottleneck; "
-                f"use {2 * max(strides)} or more"
-            )
+            problem = f"{self.norm.split('_')[0]} norm has one value per channel at the bottleneck"
+            raise ValueError(f"size {size}: {problem}; use {2 * max(strides)} or more")
 
 
 # ---------------------------------------------------------------------------- the authors' weights

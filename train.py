@@ -107,7 +107,7 @@ def build_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
     # Reconstruction has a small weight in the loss: its gradients in deep layers, about 1e-8, would
     # be small next to PyTorch's eps of 1e-8, and its layers learn three times more slowly.
     eps = 1e-8 if c.norm == "batch" else 1e-12
-    more = dict(eps=eps, fused=True, capturable=c.graph)
+    more: dict[str, Any] = dict(eps=eps, fused=True, capturable=c.graph)
     return adam(weights, lr, weight_decay=decay, **more)
 
 
@@ -473,9 +473,9 @@ class Run:
 def move(means: list[Tensor], tensors: list[Tensor], share: float | Tensor) -> None:
     """Move the means by a share of the way to the tensors: m <- m + share (t - m)."""
     if isinstance(share, Tensor):  # `lerp` takes only a number, which a graph would never change
-        ways = torch._foreach_sub(tensors, means)
-        torch._foreach_mul_(ways, share)
-        torch._foreach_add_(means, ways)
+        ways = torch._foreach_sub(tensors, means)  # type: ignore
+        torch._foreach_mul_(ways, share)  # type: ignore
+        torch._foreach_add_(means, ways)  # type: ignore
     else:
         torch._foreach_lerp_(means, tensors, share)  # type: ignore
 
