@@ -104,10 +104,7 @@ def build_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
     if c.optimizer == "sgd":
         return torch.optim.SGD(weights, lr, 0.99, weight_decay=decay, nesterov=True, fused=True)
     adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
-    # Reconstruction has a small weight in the loss: its gradients in deep layers, about 1e-8, would
-    # be small next to PyTorch's eps of 1e-8, and its layers learn three times more slowly.
-    eps = 1e-8 if c.norm == "batch" else 1e-12
-    more: dict[str, Any] = dict(eps=eps, fused=True, capturable=c.graph)
+    more: dict[str, Any] = dict(fused=True, capturable=c.graph)
     return adam(weights, lr, weight_decay=decay, **more)
 
 
