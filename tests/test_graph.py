@@ -310,3 +310,28 @@ def test_a_prediction_with_a_graph_needs_a_gpu():
     words = ["--checkpoint", "a.pt", "--pet", "a.nii.gz", "--out", "b.nii.gz", "--graph"]
     with pytest.raises(UserError, match="--graph: CUDA graphs need --device cuda"):
         predict.parse_arguments([*words, "--device", "cpu"])
+
+
+# ----------------------------------------------------------------------- what else a GPU waits for
+def test_cudnn_chooses_its_algorithms_by_measuring(unlaunched, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    new_run("v1", "petct")
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("task,name", SYSTEMS)
+def test_no_convolution_has_to_copy_its_input(unlaunched, one_thread, task, name):
+    """A slice of a channels_last batch, for example, would be copied by each that reads it."""
+    run = new_run(name, task, channels_last=True)
+    dense = []
+
+    def look(module, inputs):
+        formats = (torch.contiguous_format, torch.channels_last_3d)
+        dense.append(any(inputs[0].is_contiguous(memory_format=f) for f in formats))
+
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_pre_hook(look)
+    run.model(fill(make_inputs(channels_last=True))["x"])
+    predict.foreground_probability(run.model, torch.rand(2, 2, 32, 32, 32))
+    assert len(dense) > 10 and all(dense)
