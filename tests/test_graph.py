@@ -333,5 +333,6 @@ def test_no_convolution_has_to_copy_its_input(unlaunched, one_thread, task, name
         if isinstance(module, torch.nn.Conv3d):
             module.register_forward_pre_hook(look)
     run.model(fill(make_inputs(channels_last=True))["x"])
-    predict.foreground_probability(run.model, torch.rand(2, 2, 32, 32, 32))
+    with predict.evaluating(run.model):
+        predict.foreground_probability(run.model, torch.rand(2, 2, 32, 32, 32))
     assert len(dense) > 10 and all(dense)
