@@ -83,3 +83,16 @@ def read_later(t: Tensor) -> Callable[[], list]:
         return host.tolist()
 
     return read
+
+
+def move_towards(means: list[Tensor], tensors: list[Tensor], share: float | Tensor) -> None:
+    """Move means by a share of the way to the tensors, in place: m <- m + share (t - m).
+
+    A share that is a tensor can change between replays; a number would be recorded.
+    """
+    if isinstance(share, Tensor):
+        ways = torch._foreach_sub(tensors, means)
+        torch._foreach_mul_(ways, share)
+        torch._foreach_add_(means, ways)
+    else:
+        torch._foreach_lerp_(means, tensors, share)  # type: ignore

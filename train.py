@@ -43,7 +43,7 @@ import patches
 import phantom
 from config import SYSTEM, Config, as_argument, parse_config
 from files import Interrupts, UserError, atomic_write, clean_parts, note, run_program, writing
-from graph import Graph, read_later
+from graph import Graph, move_towards, read_later
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
 
@@ -307,7 +307,7 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if c.ema:
-            move(self.ema_tensors, self.model_tensors, self.rates[1])
+            move_towards(self.ema_tensors, self.model_tensors, self.rates[1])
         self.names = ("loss", *parts, "grad_norm")
         return torch.stack([loss.detach(), *parts.values(), norm])
 
@@ -465,16 +465,6 @@ class Run:
             "spacing": voxel_sizes(case.affine),
             "reconstructions": reconstruct(self.ema_model, image, c.patch, c.overlap, c.batch),
         }
-
-
-def move(means: list[Tensor], tensors: list[Tensor], share: float | Tensor) -> None:
-    """Move the means by a share of the way to the tensors: m <- m + share (t - m)."""
-    if isinstance(share, Tensor):  # `lerp` takes only a number, which a graph would never change
-        ways = torch._foreach_sub(tensors, means)  # type: ignore
-        torch._foreach_mul_(ways, share)  # type: ignore
-        torch._foreach_add_(means, ways)  # type: ignore
-    else:
-        torch._foreach_lerp_(means, tensors, share)  # type: ignore
 
 
 def averaged(model: nn.Module) -> list[Tensor]:

@@ -58,26 +58,29 @@ FIELDS = (
 # Each function returns launches as {"name", "kernel", "arguments"[, "vector_bits"]}. The tensors
 # have shapes but no memory (device "meta"), so that no GPU is needed.
 def dice_ce_launches() -> list[dict]:
-    """The launches of dice_ce that matter: float32 and bfloat16, both layouts, 2 to 8 classes."""
+    """The launches of dice_ce: float32 and bfloat16, both layouts, 2 to 32 classes, sigmoid."""
     dice_ce = import_module("kernels.dice_ce")
     layouts = {"ncdhw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
     dtypes = (torch.float32, torch.bfloat16)
-    target = torch.empty(2, 96, 96, 96, dtype=torch.uint8, device="meta")
+    cases = [(c, False) for c in (2, 3, 4, 8, 32)] + [(c, True) for c in (1, 3)]
     grad_output = torch.empty((), device="meta")
     launches = []
-    for dtype, (layout, memory_format), c in product(dtypes, layouts.items(), (2, 3, 4, 8)):
+    for dtype, (layout, memory_format), case in product(dtypes, layouts.items(), cases):
+        c, sigmoid = case
         logits = torch.empty(2, c, 96, 96, 96, dtype=dtype, device="meta")
         logits = logits.to(memory_format=memory_format)
+        target = torch.empty_like(logits if sigmoid else logits[:, 0], dtype=torch.uint8)
         coefficients = torch.empty(3, c, device="meta")
         sums = dice_ce._sums_launch(logits, target, None)
         grad = dice_ce._grad_launch(grad_output, logits, target, coefficients, None)
         steps = {"sums": sums, "grad": grad}
         if dtype == torch.float32 and layout == "ncdhw":
-            partials = sums[2]["partials"].flatten(2).unsqueeze(2)  # (4, C, 1, B * programs)
+            partials = sums[2]["partials"].flatten(2).unsqueeze(2)  # (4 or 5, C, 1, B programs)
             settings = (False, 1e-5, 1e-5, 1.0, 1.0, 1)
             steps["finish"] = dice_ce._finish_launch(partials, None, dtype, *settings)
         for step, (kernel, _, arguments) in steps.items():
-            name = f"dice_ce {step} C={c} {short(dtype)} {layout}"
+            kind = f"{step} sigmoid" if sigmoid else step
+            name = f"dice_ce {kind} C={c} {short(dtype)} {layout}"
             arguments = arguments | {"num_warps": dice_ce.WARPS}
             launches.append({"name": name, "kernel": kernel, "arguments": arguments})
     return launches

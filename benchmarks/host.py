@@ -128,11 +128,15 @@ def operations() -> dict:
     labels = torch.zeros(2, 1, 8, 8, 8, dtype=torch.uint8)
     calls["dice_ce forward"] = partial(dice_ce_triton, logits, labels)
     calls["dice_ce backward"] = partial(gradients, dice_ce_triton(logits, labels)[0], logits)
-    image, keys = torch.rand(2, 2, 32, 32, 32), torch.tensor([1, 2])
-    corners = torch.zeros(2, 1, 3, dtype=torch.long)
+    image, keys, corners = torch.rand(2, 2, 32, 32, 32), torch.tensor([1, 2]), make_corners(2)
     calls["voxel_shuffle"] = partial(voxel_shuffle_triton, image[:, :1], corners, 16, keys)
-    calls["corrupt_ct"] = partial(patches.corrupt_ct, image, "shuffle", keys)
+    calls["corrupt_ct"] = partial(patches.corrupt_ct, image, "shuffle", keys, corners=corners)
     return calls
+
+
+def make_corners(batch: int) -> torch.Tensor:
+    """A cube per sample, which the loader's processes draw in a run: (B, 1, 3)."""
+    return torch.zeros(batch, 1, 3, dtype=torch.long)
 
 
 def eager_norm_act(x, weight, bias, slope, residual=None, eps=1e-5, **known):
@@ -149,12 +153,12 @@ def make_step(channels=(2, 3, 4, 5, 6), size=32, batch=1, layout=LAST):
     loss = MirrorLoss("v3")
     image = torch.rand(batch, 2, size, size, size)
     label = torch.zeros(batch, 1, size, size, size, dtype=torch.uint8)
-    keys = torch.arange(batch)
+    keys, corners = torch.arange(batch), make_corners(batch)
 
     def step():
         given = {"image": image, "label": label, "tumor": torch.ones(batch)}
         targets = patches.make_targets(given, "petct")
-        x = patches.corrupt_ct(targets["image"], "shuffle", keys)
+        x = patches.corrupt_ct(targets["image"], "shuffle", keys, corners=corners)
         total, parts = loss(net(x.contiguous(memory_format=layout)), targets)
         optimizer.zero_grad()
         total.backward()

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import typing
+import warnings
 
 import pytest
 import torch
@@ -487,3 +488,17 @@ def words_of(f, c: Config) -> list[str]:
     if isinstance(value, bool):
         return [option_of(f) if value else option_of(f).replace("--", "--no-")]
     return [option_of(f), *map(str, value if isinstance(value, tuple) else [value])]
+
+
+def test_half_precision_with_a_broken_cudnn_is_a_warning(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    for version, broken in ((90701, False), (90800, True), (91400, True), (91500, False)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            parse_config(["--device", "cuda", "--amp", "bf16"])
+        assert [f"cuDNN {version}" in str(w.message) for w in found] == [True] * broken
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            parse_config(["--device", "cuda"])

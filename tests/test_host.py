@@ -78,7 +78,7 @@ _forward 96 x y stats ? w b
 _forward 96 x y stats w b s
 _backward 64 g x dx stats ? ? w b
 _merge_sums 6 ? ?
-_backward 96 g x dx stats ? ? w b
+_backward 96 g x dx stats ? w b s
 """
 
 

@@ -384,6 +384,31 @@ def test_a_batch_takes_one_launch_that_moves_each_element_once():
     assert 0 < traffic.read - 4 * x.numel() < 1000  # the rest: corners and keys of the cubes
 
 
+def test_the_kernel_is_launched_on_the_gpu_of_x(monkeypatch):
+    """Triton launches on the current GPU, which may be another one."""
+    file, current, launched = sys.modules["kernels.voxel_shuffle"], [], []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.append(self.tensor)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.extend(current)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(file, "_launch", lambda *arguments: (Kernel(), (1,), {}))
+    x = torch.zeros(1, 1, 4, 4, 4, device=DEVICE)
+    voxel_shuffle_triton(x, torch.zeros(1, 1, 3, dtype=torch.int64), 4, 0)
+    assert len(launched) == 1 and launched[0].data_ptr() == x.data_ptr()
+
+
 # --------------------------------------------------------------------- adapters for other libraries
 class Lambdad:
     """As MONAI's: func on data[key] of each key."""
