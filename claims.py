@@ -495,7 +495,8 @@ def compare_systems(rows: list[dict], target: str, picture: Path) -> str:
         runs = f"{done} of {total}" + ", incomplete" * (done < total)
         line = {"system": name, "runs": runs, "seeds": seeds, "cases": cases}
         lines.append(line | {"Dice": found["Dice"], paired: found[paired]} | found)
-        bars[name] = {title: bar(found[title]) for title in ("Dice", paired, "FPV ml", "FNV ml")}
+        shown = {title: bar(found[title]) for title in ("Dice", paired, "FPV ml", "FNV ml")}
+        bars[name] = cases, seeds, shown
     figures.systems(bars, picture)
     columns = [column for column in lines[0] if any(line[column] for line in lines)]
     return table(columns, [[line[column] or "–" for column in columns] for line in lines])

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import claims
+import figures
 from claims import (
     NOT_SEEN,
     OPEN,
@@ -325,3 +326,22 @@ def test_each_target_of_the_brain_has_its_table_and_figure(tmp_path):
     assert (tmp_path / "brain_core.png").exists() and (tmp_path / "brain_edema.png").exists()
     assert "| v2 | v1 | Dice, core | 2 | 18 | 0.100" in text
     assert "**inconclusive** | 2 of 8 | 2 |" in text
+
+
+def test_the_figure_marks_few_cases_and_one_seed_and_drops_what_is_zero(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(figures, "_save", lambda fig, out: saved.append(fig))
+    bars = {"Dice": (0.7, 0.6, 0.8), "FPV ml": (5.0, 1.0, 90.0), "FNV ml": (0.0, 0.0, 0.0)}
+    hidden = bars | {"FPV ml": (60.0, 1.0, 90.0)}
+    rows = {"a": (40, 3, bars), "b": (16, 3, hidden), "c": (40, 1, bars), "d": (40, 1, bars)}
+    figures.systems(rows, tmp_path / "x.png")
+    [fig] = saved
+    assert [axis.get_title() for axis in fig.axes] == ["Dice", "FPV ml, log scale"]
+    [legend] = fig.legends
+    assert legend.get_title().get_text().endswith("95 % bootstrap interval over patients and seeds")
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["40 cases, 3 seeds", "16 cases, 3 seeds", "40 cases, one seed: inconclusive"]
+    marks = [line for line in fig.axes[0].lines if line.get_marker() != "None"]
+    assert [m.get_marker() for m in marks] == ["o", "D", "o", "o"]
+    assert [m.get_markerfacecolor() == "white" for m in marks] == [False, False, True, True]
+    assert fig.get_size_inches()[0] * 110 < 870  # pixels: what a README shows without shrinking
