@@ -218,6 +218,32 @@ def _system_style(cases: int, seeds: int, most: int) -> dict:
     return dict(color=color, marker=marker, ms=5, label=label) | hollow
 
 
+def rejection(curves: dict[str, list[tuple]], out: Path) -> None:
+    """Draw what emptying masks with a score below P does, per system, with 95 % intervals.
+
+    curves: {system: [(P, FPV in ml of patients without tumor, share of tumor patients lost), ...]},
+    the last two as (mean, low, high).
+    """
+    fig = Figure((7.8, 3.4), layout="constrained")
+    titles = ("FPV, patients without tumor (ml)", "patients with tumor who lose it (%)")
+    for n, (axis, title) in enumerate(zip(fig.subplots(1, 2), titles)):
+        for i, (system, points) in enumerate(curves.items()):
+            p = [point[0] for point in points]
+            mean, low, high = np.array([point[1 + n] for point in points]).T * (1, 100)[n]
+            style = dict(color=CURVES[i % 6], ls=LINES[i % 4])
+            axis.plot(p, mean, marker="os^D"[i % 4], ms=3, label=system, **style)
+            axis.fill_between(p, low, high, color=CURVES[i % 6], alpha=0.15, lw=0)
+        axis.set_xlabel("P, the lowest score that keeps its mask", fontsize=9)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlim=(0, 1), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    title = "band: 95 % bootstrap interval over patients and seeds"
+    marks, names = axis.get_legend_handles_labels()
+    options = dict(title=title, title_fontsize=9, fontsize=9, ncols=4, frameon=False)
+    fig.legend(marks, names, loc="outside lower center", **options)
+    _save(fig, out)
+
+
 # ------------------------------------------------------------------------------- the architecture
 INK, QUIET = "#2b2f36", "#8a919c"
 CT, PET, GREY = "#a9c4e4", "#f6c48f", "#d3d8de"
