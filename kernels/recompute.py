@@ -4,7 +4,7 @@ A convolution needs its input in its backward pass, so autograd keeps it. But th
 cheap to compute again from tensors that are kept anyway: a norm and PReLU of the previous
 convolution's output, or a concatenation. Such a tensor carries a function, `x.again`, that makes it
 once more, and the convolution keeps that function instead of x. Between forward and backward pass,
-a v3 step at 96^3 then keeps 189 bytes per voxel of the patch instead of 311, and pays with one more
+a v3 step at 96^3 then keeps 185 bytes per voxel of the patch instead of 291, and pays with one more
 pass of `norm_act` per unit. Both counts are those of tests/test_mirror_unet.py: what autograd saves
 without the parameters, and the batch (clean and corrupted images, int64 labels).
 

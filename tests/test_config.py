@@ -120,7 +120,9 @@ def wrong_values(f) -> list:
 @every_field
 def test_a_field_is_described_and_its_default_allowed(f):
     allowed = f.metadata
-    assert set(allowed) == {"help", "choices", "low", "high", "count", "was"}
+    assert set(allowed) == {"help", "choices", "low", "high", "count", "was", "before"}
+    if allowed["before"] is not None:
+        assert check_value(f, allowed["before"]) == allowed["before"] != f.default
     assert len(allowed["help"]) > 8 or allowed["choices"]
     assert check_value(f, f.default) == f.default
     if type_of(f) in (int, float) and not allowed["choices"] and allowed["count"] != 2:

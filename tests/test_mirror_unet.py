@@ -1,6 +1,7 @@
 """mirror_unet.py: equal to the authors' release, and what the design promises holds."""
 
 import json
+import math
 import weakref
 
 import numpy as np
@@ -210,10 +211,66 @@ def test_from_official_takes_the_weight_of_v4_from_its_argument_or_the_file():
         from_official(state, ct_weight="learnable")
 
 
-@pytest.mark.parametrize("norm", ["batch", "instance"])
+def count(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance_everywhere"])
 def test_v3_has_as_many_parameters_as_the_release(norm):
-    model = MirrorUNet("v3", norm=norm)
-    assert sum(p.numel() for p in model.parameters()) == 8_084_337
+    assert count(MirrorUNet("v3", norm=norm, classifier="release")) == 8_084_337
+
+
+def test_instance_norm_has_no_bias_that_it_would_remove_and_no_output_goes_through_it():
+    model = MirrorUNet("v3", channels=TINY)
+    convs = {n: m for n, m in model.named_modules() if hasattr(m, "transposed")}
+    units = {n: m for n, m in model.named_modules() if isinstance(m, mirror_unet.ConvUnit)}
+    normed = {n for n, unit in units.items() if unit.norm is not None}
+    assert set(units) - normed == {"ct.levels.8.up", "pet.levels.8.up", "bottleneck_decoder.3.up"}
+    assert {n for n, m in convs.items() if m.bias is None} == {f"{n}.conv" for n in normed}
+    assert len(normed) == 36
+    assert count(MirrorUNet("v3", classifier="release")) < 8_084_337
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "instance_everywhere"])
+def test_the_last_layer_passes_on_how_strong_its_input_is(norm):
+    """Under "instance" it is linear; a norm takes a window's factor out of its output."""
+    layer = mirror_unet.UpLayer(4, 1, norm, top=True)
+    x = torch.randn(2, 4, 8, 8, 8)
+    zero, one, ten = (layer(scale * x)[0, 0] for scale in (0, 1, 10))
+    ratio = ((ten - ten.mean()).norm() / (one - one.mean()).norm()).item()
+    if norm == "instance":
+        torch.testing.assert_close(ten - zero, 10 * (one - zero), rtol=1e-4, atol=1e-4)
+    else:
+        assert ratio < 1.5
+
+
+def test_the_classifier_of_a_cell_reads_that_cell():
+    model = MirrorUNet("v3", channels=TINY)
+    bottleneck, seg = torch.zeros(1, TINY[4], 2, 3, 2), torch.zeros(1, 2, 32, 48, 32)
+    seg[0, 1, 17, 40, 3] = 5.0  # a voxel of the cell (1, 2, 0) that is likely to be tumor
+    seg.requires_grad_()
+    with torch.no_grad():
+        model.classifier.out.weight[:, -1] = 1.0
+    tumor, cells = model.classify(bottleneck, seg)
+    others = cells.flatten().tolist()
+    assert others.pop(6 + 2 * 2 + 0) == tumor.item() == pytest.approx(others[0] + 5)
+    assert len(set(others)) == 1
+    assert not torch.autograd.grad(tumor.sum(), seg, allow_unused=True)[0]
+
+
+def test_the_loss_of_the_cells_is_that_of_their_voxels():
+    """Two cells, one of them with tumor: -[log s(l) + log(1 - s(l'))] / 2."""
+    labels = torch.zeros(1, 1, 32, 16, 16, dtype=torch.long)
+    labels[0, 0, 20, 3, 4] = 1
+    images = torch.zeros(1, 1, 32, 16, 16)
+    batch = {"ct": images, "pet": images, "seg": labels, "tumor": torch.ones(1)}
+    cells = torch.tensor([[[[-1.0]], [[2.0]]]])
+    out = MirrorOutput(torch.zeros(1, 2, 32, 16, 16), images, images, cells.amax()[None], cells)
+    _, parts = MirrorLoss("v3")(out, batch)
+    expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2
+    assert parts["cls_bce"].item() == pytest.approx(expected)
+    _, parts = MirrorLoss("v3")(out._replace(cells=None), batch)
+    assert parts["cls_bce"].item() == pytest.approx(math.log1p(math.exp(-2)))
 
 
 # ------------------------------------------------------------------------------- tasks and sharing
@@ -249,7 +306,8 @@ def test_a_network_has_an_output_and_a_loss_for_each_of_its_tasks_and_no_other(p
     x = torch.randn(1, 2, 32, 16, 16)
     out = model(x)
     outputs = {name for name, value in out._asdict().items() if value is not None}
-    more = {"ct", "pet"} if version == "v4" else set()  # logits of v4's branches: not learned apart
+    # v4's branches have logits that are not learned apart; the cells belong to the task "tumor".
+    more = {"v4": {"ct", "pet"}, "v3": {"cells"}}.get(version, set())
     assert outputs == set(tasks) | more
     _, parts = MirrorLoss(version, preset)(out, training_batch(x))
     assert set(parts) == set().union(*(PARTS[task] for task in tasks))
@@ -305,6 +363,7 @@ def test_shapes_of_the_outputs(version, size):
         ct=image,
         pet=None if version == "v1" else image,
         tumor=(2,) if version == "v3" else None,
+        cells=(2, *(n // 16 for n in size)) if version == "v3" else None,
     )
     shapes = [None if t is None else tuple(t.shape) for t in out]
     assert MirrorOutput(*shapes) == expected
@@ -359,9 +418,11 @@ def test_v4_needs_both_modalities_to_segment():
         model.segment(x[:, 1:])
 
 
-def test_the_classifier_takes_any_patch_size_and_learns_from_each():
-    model = MirrorUNet("v3", channels=TINY)
-    weight = model.classifier.squeeze.conv.weight
+@pytest.mark.parametrize("kind", ["cells", "release"])
+def test_the_classifier_takes_any_patch_size_and_learns_from_each(kind):
+    model = MirrorUNet("v3", channels=TINY, classifier=kind)
+    first = model.classifier.out if kind == "cells" else model.classifier.squeeze.conv
+    weight = first.weight
     for size in ((32, 32, 32), (96, 32, 64), (128, 112, 32)):
         tumor = model(torch.randn(1, 2, *size)).tumor
         (grad,) = torch.autograd.grad(tumor.sum(), weight)
@@ -377,7 +438,7 @@ def test_both_memory_layouts_give_the_same(norm):
     plain = model(x)
     model.to(memory_format=torch.channels_last_3d)
     last = model(x.contiguous(memory_format=torch.channels_last_3d))
-    for a, b in zip(plain, last, strict=True):
+    for a, b in [(a, b) for a, b in zip(plain, last, strict=True) if a is not None]:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -412,7 +473,8 @@ def test_a_size_that_does_not_fit_is_refused_with_one_that_does(size, norm, trai
         (dict(preset="mouse"), "no version 'v3' with preset 'mouse'; there are"),
         (dict(share=(2,)), r"share=\(2,\): only levels 3, 4, 5, 6, 7"),
         (dict(share=(5, 8)), r"share=\(5, 8\): only levels 3, 4, 5, 6, 7"),
-        (dict(norm="layer"), "norm='layer': use 'instance' or 'batch'"),
+        (dict(norm="layer"), "norm='layer'.*use norm one of .'instance', 'batch'"),
+        (dict(classifier="max"), "classifier='max'.*one of .'cells', 'release'"),
         (dict(channels=(4, 8)), r"channels=\(4, 8\): give five widths"),
     ],
 )
@@ -436,7 +498,6 @@ def plain_call(make, *inputs):
 def test_recomputation_keeps_less_and_gives_the_same_gradients(monkeypatch):
     torch.manual_seed(0)
     model = MirrorUNet("v3", channels=(4, 4, 8, 8, 8))
-    model.classifier.dropout.p = 0.0
     x = torch.rand(1, 2, 32, 32, 32)
 
     def gradients():
@@ -452,7 +513,7 @@ def test_recomputation_keeps_less_and_gives_the_same_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("side", [48, pytest.param(96, marks=pytest.mark.slow)])
-def test_a_step_keeps_189_bytes_per_voxel_and_311_without_recomputation(side, monkeypatch):
+def test_a_step_keeps_185_bytes_per_voxel_and_291_without_recomputation(side, monkeypatch):
     """What kernels/recompute.py states, counted over the tensors that a v3 step keeps.
 
     That is what autograd saves between forward and backward, without the parameters, and the
@@ -479,9 +540,9 @@ def test_a_step_keeps_189_bytes_per_voxel_and_311_without_recomputation(side, mo
         assert graph[0].requires_grad
         return total / side**3
 
-    assert bytes_per_voxel() == pytest.approx(189, abs=1)
+    assert bytes_per_voxel() == pytest.approx(185, abs=1)
     monkeypatch.setattr(mirror_unet, "recomputable", plain_call)
-    assert bytes_per_voxel() == pytest.approx(311, abs=1)
+    assert bytes_per_voxel() == pytest.approx(291, abs=1)
 
 
 def test_a_recomputable_input_of_a_convolution_is_freed_and_its_gradient_correct():
