@@ -483,3 +483,11 @@ def words_of(f, c: Config) -> list[str]:
     if isinstance(value, bool):
         return [option_of(f) if value else option_of(f).replace("--", "--no-")]
     return [option_of(f), *map(str, value if isinstance(value, tuple) else [value])]
+
+
+def test_options_of_the_phantom_need_the_phantom():
+    assert parse_config(["--phantom-uptake", "3"]).harder == (3, 1, 0)
+    for data in ("petct", "phantom-brain"):
+        command = f"--data {data} --root x --phantom-uptake 3 --phantom-breathing 9"
+        with pytest.raises(UserError, match="--phantom-uptake 3 --phantom-breathing 9: for --data"):
+            parse_config(command.split())
