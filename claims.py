@@ -467,6 +467,7 @@ def report_study(rows: list[dict], source: str, picture: Path) -> str:
             out.append(f"**{target}**\n")
         mine = [r for r in rows if r["target"] == target]
         out += [compare_systems(mine, target, path), f"\n![{source} {target}]({path.name})\n"]
+        out += rejection_section(mine, path.with_stem(f"{path.stem}_rejection"))
     out += [claim_section(c, f) for c, f in run.items()]
     missing = {str(c.number) for c in found} - {str(c.number) for c in run}
     if missing:
@@ -520,7 +521,8 @@ def compare_systems(rows: list[dict], target: str, picture: Path) -> str:
         runs = f"{done} of {total}" + ", incomplete" * (done < total)
         line = {"system": name, "runs": runs, "seeds": seeds, "cases": cases}
         lines.append(line | {"Dice": found["Dice"], paired: found[paired]} | found)
-        bars[name] = {title: bar(found[title]) for title in ("Dice", paired, "FPV ml", "FNV ml")}
+        shown = {title: bar(found[title]) for title in ("Dice", paired, "FPV ml", "FNV ml")}
+        bars[name] = cases, seeds, shown
     figures.systems(bars, picture)
     columns = [column for column in lines[0] if any(line[column] for line in lines)]
     return table(columns, [[line[column] or "–" for column in columns] for line in lines])
@@ -537,6 +539,62 @@ def classifier_auc(rows: list[dict]) -> Estimate | None:
         (r["fold"], r["case"], r["seed"]): float(r["tumor_score"]) for r in rows if r["tumor_score"]
     }
     return estimate(scores, {r["case"]: r["has_tumor"] == "True" for r in rows})
+
+
+ALLOWED = 0.02  # share of the studies with tumor that may lose their mask
+
+
+def rejection_section(rows: list[dict], picture: Path) -> list[str]:
+    """What `predict.py --reject-below P` would do, for systems with a score; draws its figure.
+
+    Without such a system, or without patients of both kinds, there is nothing: [].
+    """
+    scored = [r for r in rows if r["tumor_score"]]
+    if count(scored, "has_tumor") < 2:
+        return []
+    curves, lines = {}, []
+    for name in dict.fromkeys(r["system"] for r in scored):
+        mine = [r for r in scored if r["system"] == name]
+        if count(mine, "has_tumor") < 2:
+            continue
+        curves[name] = [(p, *map(bar, rejection(mine, p))) for p in np.linspace(0, 1, 21)]
+        chosen = {f"{p:g}": p for p in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)}
+        low = threshold_for(mine, ALLOWED)
+        chosen[f"{low:.4f}, the highest that loses at most {100 * ALLOWED:g} %"] = low
+        for title, p in chosen.items():
+            fpv, lost = rejection(mine, p)
+            lines.append([name, title, fpv.seeds, fpv, lost])
+    figures.rejection(curves, picture)
+    header = ["system", "P", "seeds", "FPV ml, patients without tumor", "share of tumors lost"]
+    text = (
+        "**Masks emptied if the tumor score is below P** (`predict.py --reject-below P`);\n"
+        "each system's last P was chosen on these same patients."
+    )
+    return [f"{text}\n\n{table(header, lines)}\n\n![FPV and lost tumors]({picture.name})\n"]
+
+
+def rejection(rows: list[dict], p: float) -> tuple[Estimate, Estimate]:
+    """Estimate FPV (ml) of patients without tumor, and the share of those with tumor who lose it.
+
+    The mask of a study is emptied if its score is below p. rows: of one system with a score, and of
+    patients of both kinds.
+    """
+    fpv, lost = {}, {}
+    for r in rows:
+        key, rejected = (r["fold"], r["case"], r["seed"]), float(r["tumor_score"]) < p
+        if r["has_tumor"] == "True":
+            lost[key] = float(rejected)
+        else:
+            fpv[key] = 0.0 if rejected else float(r["fpv_ml"])
+    found = estimate(fpv), estimate(lost)
+    assert found[0] and found[1]
+    return found
+
+
+def threshold_for(rows: list[dict], allowed: float) -> float:
+    """The highest P that empties the masks of at most this share of the studies with tumor."""
+    scores = sorted(float(r["tumor_score"]) for r in rows if r["has_tumor"] == "True")
+    return scores[int(allowed * len(scores))]
 
 
 def claim_section(claim: Claim, found: list[Estimate | None]) -> str:

@@ -26,6 +26,7 @@ from data import Preprocessing
 from files import UserError, writing
 from mirror_unet import TASKS, MirrorUNet
 from patches import Augmentation
+from phantom import Harder
 
 # Publications that come with their own optimizer: it is the default of their networks.
 OPTIMIZERS: dict[str, dict[str, typing.Any]] = {
@@ -72,6 +73,9 @@ class Config:
     label_nonzero: bool = option(False, "PET/CT: all values in the truth but 0 are tumor")
     cache: str = option("cache", "folder for preprocessed studies")
     phantoms: int = number(100, 1, 100_000, "number of phantom studies")
+    phantom_uptake: int = number(0, 0, 50, "PET/CT phantom: benign foci that only CT explains")
+    phantom_noise: float = number(1.0, 0, 100, "PET/CT phantom: factor of the noise in PET")
+    phantom_breathing: float = number(0.0, 0, 60, "PET/CT phantom: mm, between CT and PET")
     spacing: tuple[float, ...] = number(
         (2.0, 2.0, 3.0), 0.1, 100, "mm, of the network's grid", count=3
     )
@@ -174,6 +178,11 @@ class Config:
         if self.model in TASKS[self.task]:
             return TASKS[self.task][self.model]
         return baselines.tasks_of(self.model, self.task, self.tasks)
+
+    @property
+    def harder(self) -> Harder:
+        """What makes the PET/CT phantom harder."""
+        return Harder(self.phantom_uptake, self.phantom_noise, self.phantom_breathing)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -369,6 +378,9 @@ def check(c: Config) -> None:
         problem = f"--corrupt {c.corrupt}: {c.task} {c.model} reconstructs no CT"
         raise UserError(f"{problem}; leave it out, or use v1, v2 or v3 on PET/CT")
     c.corrupt = c.corrupt or ("shuffle" if reconstructs else "none")
+    if c.data != "phantom" and str(c.harder):
+        given = str(c.harder).replace(", ", " --phantom-")
+        raise UserError(f"--phantom-{given}: for --data phantom, not for {c.data}")
     if c.data in ("petct", "brain") and not c.root:
         raise UserError(f"--data {c.data} needs --root, the folder of the studies")
     if c.ct_weight != "learnable":

@@ -166,31 +166,81 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
     _save(fig, out)
 
 
-def systems(rows: dict[str, dict], out: Path) -> None:
+def systems(rows: dict[str, tuple[int, int, dict]], out: Path) -> None:
     """Draw one line per system and one panel per measure: the mean and its 95 % interval.
 
-    rows: {system: {measure: (mean, low, high) or None}}. Leaves out measures that are 0 throughout.
+    rows: {system: (cases, seeds, {measure: (mean, low, high) or None})}. Systems with fewer cases
+    than others, or with one seed, are marked. Leaves out measures that are 0 throughout.
     """
-    measures = list(next(iter(rows.values())))
-    known = {m: [v[m] for v in rows.values() if v[m]] for m in measures}
-    measures = [m for m in measures if np.any(known[m])] or measures[:1]
-    fig = Figure((3.2 * len(measures) + 1.2, 0.3 * len(rows) + 1.4), layout="constrained")
+    bars = [measured for _, _, measured in rows.values()]
+    known = {m: [b[m] for b in bars if b[m]] for m in bars[0]}
+    measures = [m for m in known if np.any(known[m])] or list(known)[:1]
+    most = max(cases for cases, _, _ in rows.values())
+    styles = [_system_style(cases, seeds, most) for cases, seeds, _ in rows.values()]
+    fig = Figure((7.8, 0.25 * len(rows) + 1.5), layout="constrained")  # 858 pixels: README's width
     axes = fig.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axis, measure in zip(axes, measures):
-        for y, values in enumerate(rows.values()):
-            if values[measure]:
-                mean, low, high = values[measure]
-                axis.plot([low, high], [y, y], color=BLUE, lw=2, solid_capstyle="butt")
-                axis.plot(mean, y, "o", color=BLUE, ms=5, clip_on=False)
+        means = [mean for mean, _, _ in known[measure]]
+        volume = measure.endswith("ml")
+        wide = bool(volume and max(means) > 5 * np.median(means))  # one would hide the others
+        if wide:
+            axis.set_xscale("symlog", linthresh=1)
+            axis.xaxis.set_major_formatter("{x:g}")
+        for y, (measured, style) in enumerate(zip(bars, styles)):
+            if measured[measure]:
+                mean, low, high = measured[measure]
+                axis.plot([low, high], [y, y], style["ls"], color=style["color"], lw=1.8)
+                axis.plot(mean, y, clip_on=False, **style | dict(ls="none"))
         if "difference" in measure:
             axis.axvline(0, color="0.5", lw=0.8)
-        elif measure.endswith("ml"):
+        elif volume:
             axis.set_xlim(left=0)
-        axis.set_title(measure, fontsize=10)
-        axis.locator_params(axis="x", nbins=5)
+        axis.set_title(measure + ", log scale" * wide, fontsize=9)
+        axis.tick_params(labelsize=9)
+        if not wide:
+            axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
-    fig.supxlabel("dot: mean; bar: 95 % interval", fontsize=9)
+    marks = {style["label"]: Line2D([], [], **style) for style in styles}
+    over = "patients and seeds" if max(s for _, s, _ in rows.values()) > 1 else "patients"
+    title = f"mark: mean; bar: 95 % bootstrap interval over {over}"
+    options = dict(title=title, title_fontsize=9, fontsize=9, ncols=2, frameon=False)
+    fig.legend(handles=list(marks.values()), loc="outside lower center", **options)
+    _save(fig, out)
+
+
+def _system_style(cases: int, seeds: int, most: int) -> dict:
+    """How a system is drawn: as a diamond if it has fewer than `most` cases, hollow if one seed."""
+    color, marker = (BLUE, "o") if cases == most else (VERMILLION, "D")
+    hollow = dict(ls=":", mfc="white") if seeds == 1 else dict(ls="-")
+    number = f"{seeds} seeds" if seeds > 1 else "one seed: inconclusive"
+    label = f"{cases} cases, {number}"
+    return dict(color=color, marker=marker, ms=5, label=label) | hollow
+
+
+def rejection(curves: dict[str, list[tuple]], out: Path) -> None:
+    """Draw what emptying masks with a score below P does, per system, with 95 % intervals.
+
+    curves: {system: [(P, FPV in ml of patients without tumor, share of tumor patients lost), ...]},
+    the last two as (mean, low, high).
+    """
+    fig = Figure((7.8, 3.4), layout="constrained")
+    titles = ("FPV, patients without tumor (ml)", "patients with tumor who lose it (%)")
+    for n, (axis, title) in enumerate(zip(fig.subplots(1, 2), titles)):
+        for i, (system, points) in enumerate(curves.items()):
+            p = [point[0] for point in points]
+            mean, low, high = np.array([point[1 + n] for point in points]).T * (1, 100)[n]
+            style = dict(color=CURVES[i % 6], ls=LINES[i % 4])
+            axis.plot(p, mean, marker="os^D"[i % 4], ms=3, label=system, **style)
+            axis.fill_between(p, low, high, color=CURVES[i % 6], alpha=0.15, lw=0)
+        axis.set_xlabel("P, the lowest score that keeps its mask", fontsize=9)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlim=(0, 1), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    title = "band: 95 % bootstrap interval over patients and seeds"
+    marks, names = axis.get_legend_handles_labels()
+    options = dict(title=title, title_fontsize=9, fontsize=9, ncols=4, frameon=False)
+    fig.legend(marks, names, loc="outside lower center", **options)
     _save(fig, out)
 
 

@@ -14,12 +14,16 @@
    variance proportional to activity, correlated by the reconstruction filter. CT has less blur and
    12 HU of noise. The ground truth is not blurred.
 
-A study is a pure function of (seed, index, spacing). Array axes point left, anterior, superior
-(LAS) in PET/CT, and right, anterior, superior (RAS) in brain MR.
+`Harder` PET/CT studies, on demand, have what real ones have in addition: benign uptake that only CT
+explains, more noise in PET, and a CT in another state of breathing than the PET.
+
+A study is a pure function of (seed, index, spacing, harder). Array axes point left, anterior,
+superior (LAS) in PET/CT, and right, anterior, superior (RAS) in brain MR.
 """
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +101,22 @@ MRI = ((0, 0, 0, 0), (.16, .22, .22, 1), (.58, .5, .52, .56), (.48, .68, .7, .42
        (1, .46, .47, .76), (.66, .34, .36, 1.02), (.74, .42, 1.15, .9))
 LABELS = ("background", "edema", "non-enhancing tumor", "enhancing tumor")
 MRI_LABELS = dict(zip("0123", LABELS))
+
+
+class Harder(NamedTuple):
+    """What makes a PET/CT phantom harder; the defaults change nothing."""
+    uptake: int = 0  # benign foci per study: uptake of a lesion, density of fat or urine
+    noise: float = 1.  # factor of the PET's noise
+    breathing: float = 0.  # mm, largest shift along the body between CT and PET, at the diaphragm
+
+    def __str__(self) -> str:
+        """The options that differ from the defaults; "" if none does."""
+        names = ("uptake", "noise", "breathing")
+        pairs = zip(names, self, USUAL, strict=True)
+        return ", ".join(f"{name} {value:g}" for name, value, usual in pairs if value != usual)
+
+
+USUAL = Harder()
 
 
 class PetCtStudy(NamedTuple):
@@ -362,17 +382,19 @@ def _shape_lesion(c: _Canvas, rng, centre, radius) -> tuple:
     return box, level * (1 + .16 * smooth_noise(rng, level.shape, cell))
 
 
+SPARED = [CODE[t] for t in ("air", "brain", "heart", "bladder", "blood")]  # by lesions
+
+
 def _lesions(c: _Canvas, key, visit_rng, uptake, ct, suv) -> np.ndarray:
     """Paint 1 to 6 lesions into `ct` (HU) and `suv`; return their mask. Visits share `key`."""
     seg = np.zeros(ct.shape, np.uint8)
-    spared = [CODE[t] for t in ("air", "brain", "heart", "bladder", "blood")]
     growth = visit_rng.uniform(.9, 1.1)
     count = 1 + default_rng(key).binomial(5, .35)
     for j in range(count):
         rng = default_rng([*key, j])
         site, centre, radius, peak = _place_lesion(rng, visit_rng, j == 0, growth, uptake)
         box, level = _shape_lesion(c, rng, centre, radius)
-        mask = (level <= 1) & ~np.isin(c.label[box], spared)
+        mask = (level <= 1) & ~np.isin(c.label[box], SPARED)
         seg[box][mask] = 1
         if site == "bone":
             hu = rng.choice((90, 700))
@@ -388,6 +410,35 @@ def _lesions(c: _Canvas, key, visit_rng, uptake, ct, suv) -> np.ndarray:
     return seg
 
 
+def _benign_foci(c: _Canvas, key, number: int, uptake, ct, suv, seg) -> None:
+    """Paint foci into `ct` and `suv` that PET cannot tell from lesions: brown fat, or urine.
+
+    Places, shapes and uptake are those of a patient's further lesions in nodes and soft tissue.
+    """
+    for j in range(number):
+        rng = default_rng([*key, j])
+        site = ""
+        while site not in ("node", "soft"):
+            site, centre, radius, peak = _place_lesion(rng, rng, False, 1., uptake)
+        box, level = _shape_lesion(c, rng, centre, radius)
+        mask = (level <= 1) & ~np.isin(c.label[box], SPARED) & (seg[box] == 0)
+        texture = 1 + .1 * smooth_noise(rng, level.shape, 12 / c.spacing)
+        ct[box][mask] = rng.choice((-90, 5))
+        suv[box][mask] = (peak * texture)[mask]
+
+
+def _breathe(ct, z, most: float, rng) -> np.ndarray:
+    """Shift a CT along the body by up to `most` mm: fully at the diaphragm, less away from it.
+
+    z: coordinates of the slices, mm. PET and truth stay where they are.
+    """
+    shift = most * rng.uniform(-1, 1) * np.exp(-(((z - 430) / 110) ** 2))
+    slices = np.interp(z + shift, z, np.arange(len(z)))
+    below = np.minimum(slices.astype(int), len(z) - 2)
+    share = (slices - below).astype(np.float32)
+    return (1 - share) * ct[..., below] + share * ct[..., below + 1]
+
+
 def _visit(index: int) -> tuple[int, str, str]:
     """Patient number, patient, study name: the last two of every four studies share a patient."""
     number = index // 4 * 3 + min(index % 4, 2)
@@ -395,7 +446,9 @@ def _visit(index: int) -> tuple[int, str, str]:
     return number, patient, f"{patient}_visit{1 + (index % 4 == 3)}"
 
 
-def petct_study(index: int, seed: int = 0, spacing=(4., 4., 4.), has_tumor=None) -> PetCtStudy:
+def petct_study(
+    index: int, seed: int = 0, spacing=(4., 4., 4.), has_tumor=None, harder: Harder = USUAL
+) -> PetCtStudy:
     """Make study `index`: head to mid-thigh, arms up, on a grid of `spacing` mm.
 
     At 4 mm it has 96 x 72 x about 222 voxels. One of every three patients, drawn at random, has no
@@ -429,7 +482,10 @@ def petct_study(index: int, seed: int = 0, spacing=(4., 4., 4.), has_tumor=None)
     seg = np.zeros(shape, np.uint8)
     if has_tumor:
         seg = _lesions(c, [seed, 3, number], visit_rng, uptake, ct, suv)
-    suv = _pet_scan(suv, c.spacing, visit_rng)
+    _benign_foci(c, [seed, 5, index], harder.uptake, uptake, ct, suv, seg)
+    suv = _pet_scan(suv, c.spacing, visit_rng, harder.noise)
+    if harder.breathing:
+        ct = _breathe(ct, c.axes[2], harder.breathing, default_rng([seed, 6, index]))
     ct = gaussian_filter(ct, 1.8 / c.spacing)
     ct = ct + 12 * visit_rng.standard_normal(shape, dtype=np.float32)
 
@@ -441,12 +497,12 @@ def petct_study(index: int, seed: int = 0, spacing=(4., 4., 4.), has_tumor=None)
     return PetCtStudy(ct, suv, seg, affine, name, patient)
 
 
-def _pet_scan(suv, spacing, rng) -> np.ndarray:
+def _pet_scan(suv, spacing, rng, noise: float) -> np.ndarray:
     """Blur by the scanner, add noise, and blur by the reconstruction: 6.5 mm FWHM in total."""
     reconstruction = 2.  # standard deviations, mm
     scanner = np.sqrt((6.5 / 2.355) ** 2 - 2**2)
     suv = gaussian_filter(suv, scanner / spacing)
-    suv += .2 * np.sqrt(suv + .02) * rng.standard_normal(suv.shape, dtype=np.float32)
+    suv += .2 * noise * np.sqrt(suv + .02) * rng.standard_normal(suv.shape, dtype=np.float32)
     return np.maximum(gaussian_filter(suv, reconstruction / spacing), 0)
 
 
@@ -519,13 +575,14 @@ def _glioma(rng, xyz, half, spacing, tissue, depth) -> np.ndarray:
     return np.select((necrotic, grows & (core < 1), grows & (core < reach)), (2, 3, 1), 0)
 
 
-def _store(paths: list[Path], make, index: int, seed: int, spacing) -> None:
+def _store(paths: list[Path], make, index: int, seed: int, spacing, extra: str = "") -> None:
     """Write the first fields of the study make(index, seed, spacing), unless all files exist.
 
     Headers say how files were made. Raises UserError if existing files were made differently.
     """
     voxel = "x".join(f"{s:g}" for s in spacing)
     text = f"phantom 1, seed {seed}, study {index}, {voxel} mm"
+    text = f"{text}, {extra}".removesuffix(", ")[:80]  # the header has room for 80
     if all(path.exists() for path in paths):
         for path in paths:
             found = nib.load(path).header["descrip"].item().decode()
@@ -543,17 +600,20 @@ def _store(paths: list[Path], make, index: int, seed: int, spacing) -> None:
             part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
-def write_petct(root, n: int, seed: int = 0, spacing=(4., 4., 4.)) -> list[Path]:
+def write_petct(
+    root, n: int, seed: int = 0, spacing=(4., 4., 4.), harder: Harder = USUAL
+) -> list[Path]:
     """Write `n` studies in AutoPET's layout, root/PETCT_0002/visit1/{CTres,SUV,SEG}.nii.gz.
 
-    Returns the study folders. Keeps complete studies; UserError if seed or spacing differ.
+    Returns the study folders. Keeps complete studies; UserError if they were made differently.
     """
     folders = []
     for index in range(n):
         _, patient, name = _visit(index)
         folder = Path(root, patient, name.removeprefix(f"{patient}_"))
         paths = [folder / f"{image}.nii.gz" for image in ("CTres", "SUV", "SEG")]
-        _store(paths, petct_study, index, seed, spacing)
+        make = partial(petct_study, harder=harder)
+        _store(paths, make, index, seed, spacing, str(harder))
         folders.append(folder)
     return folders
 

@@ -24,6 +24,7 @@ import math
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ from predict import autocast, load_checkpoint, predict_image, reconstruct, to_ma
 def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]:
     """Find, preprocess and split the studies: (training, validation) of the fold."""
     if c.data.startswith("phantom"):
-        write = phantom.write_brain if c.task == "brain" else phantom.write_petct
-        name = f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm"
+        write = phantom.write_brain
+        if c.task == "petct":
+            write = partial(phantom.write_petct, harder=c.harder)
+        name = f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm {c.harder}"
+        name = name.strip().replace(", ", "-").replace(" ", "-")
         root = Path(c.root) if c.root else Path(c.cache) / name
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: no resampling
     else:

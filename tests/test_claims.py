@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import claims
+import figures
 from claims import (
     NOT_SEEN,
     OPEN,
@@ -325,3 +326,56 @@ def test_each_target_of_the_brain_has_its_table_and_figure(tmp_path):
     assert (tmp_path / "brain_core.png").exists() and (tmp_path / "brain_edema.png").exists()
     assert "| v2 | v1 | Dice, core | 2 | 18 | 0.100" in text
     assert "**inconclusive** | 2 of 8 | 2 |" in text
+
+
+def test_the_figure_marks_few_cases_and_one_seed_and_drops_what_is_zero(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(figures, "_save", lambda fig, out: saved.append(fig))
+    bars = {"Dice": (0.7, 0.6, 0.8), "FPV ml": (5.0, 1.0, 90.0), "FNV ml": (0.0, 0.0, 0.0)}
+    hidden = bars | {"FPV ml": (60.0, 1.0, 90.0)}
+    rows = {"a": (40, 3, bars), "b": (16, 3, hidden), "c": (40, 1, bars), "d": (40, 1, bars)}
+    figures.systems(rows, tmp_path / "x.png")
+    [fig] = saved
+    assert [axis.get_title() for axis in fig.axes] == ["Dice", "FPV ml, log scale"]
+    [legend] = fig.legends
+    assert legend.get_title().get_text().endswith("95 % bootstrap interval over patients and seeds")
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["40 cases, 3 seeds", "16 cases, 3 seeds", "40 cases, one seed: inconclusive"]
+    marks = [line for line in fig.axes[0].lines if line.get_marker() != "None"]
+    assert [m.get_marker() for m in marks] == ["o", "D", "o", "o"]
+    assert [m.get_markerfacecolor() == "white" for m in marks] == [False, False, True, True]
+    assert fig.get_size_inches()[0] * 110 < 870  # pixels: what a README shows without shrinking
+
+
+def scored(scores: list[float], tumor: bool, fpv: float) -> list[dict]:
+    """Rows of one system, fold and seed, each of another patient."""
+    row = {"system": "v3", "fold": "0", "seed": "0", "fpv_ml": str(fpv), "has_tumor": str(tumor)}
+    return [row | {"case": f"{tumor}{i}", "tumor_score": str(s)} for i, s in enumerate(scores)]
+
+
+def test_rejection_by_hand():
+    """At P = 0.5 one of two masks without tumor is emptied, and one of four with tumor; a score of
+    P itself keeps its mask."""
+    rows = scored([0.4, 0.6], False, 10.0) + scored([0.3, 0.5, 0.8, 0.9], True, 1.0)
+    found = [[e.mean for e in claims.rejection(rows, p)] for p in (0.0, 0.5, 0.61, 1.0)]
+    assert found == [[10, 0], [5, 0.25], [0, 0.5], [0, 1]]
+    assert [claims.threshold_for(rows, share) for share in (0.0, 0.25, 0.3)] == [0.3, 0.5, 0.5]
+    for share in (0.0, 0.02, 0.25, 0.5):
+        p = claims.threshold_for(rows, share)
+        assert claims.rejection(rows, p)[1].mean <= share
+        assert claims.rejection(rows, p + 1e-9)[1].mean > share  # the highest that keeps to it
+
+
+def test_the_report_shows_rejection_for_systems_with_a_score(report, tmp_path):
+    assert "| v3 | 0.5 | 2 | 0.000 [0.000, 0.000] | 0.000 [0.000, 0.000] |" in report
+    assert line(report, "| v3 | 0 | 2 | 8.333 [")  # FPV of three studies: (6 + 10 + 9) / 3
+    assert line(report, "| v3 | 0.9000, the highest that loses at most 2 % | 2 | 0.000")
+    assert "![FPV and lost tumors](petct_rejection.png)" in report
+    assert (tmp_path / "petct_rejection.png").stat().st_size > 5000
+    assert not [row for row in report if row.startswith("| v2 | 0.5 |")]
+
+
+def test_there_is_no_rejection_without_patients_of_both_kinds():
+    assert claims.rejection_section(scored([0.4, 0.6], True, 1.0), Path("unused.png")) == []
+    none = [r | {"tumor_score": ""} for r in scored([0.1], True, 1) + scored([0.1], False, 1)]
+    assert claims.rejection_section(none, Path("unused.png")) == []

@@ -502,3 +502,11 @@ def test_half_precision_with_a_broken_cudnn_is_a_warning(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             parse_config(["--device", "cuda"])
+
+
+def test_options_of_the_phantom_need_the_phantom():
+    assert parse_config(["--phantom-uptake", "3"]).harder == (3, 1, 0)
+    for data in ("petct", "phantom-brain"):
+        command = f"--data {data} --root x --phantom-uptake 3 --phantom-breathing 9"
+        with pytest.raises(UserError, match="--phantom-uptake 3 --phantom-breathing 9: for --data"):
+            parse_config(command.split())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import phantom
+from files import UserError
 
 SMALL = (8.0, 8.0, 8.0)  # mm: an eighth of the voxels, for tests of everything but the anatomy
 
@@ -163,3 +164,63 @@ def test_an_interrupted_write_leaves_no_partial_file(tmp_path, monkeypatch):
     (folder,) = phantom.write_petct(tmp_path, 1, spacing=SMALL)  # the next run completes the study
     expected = phantom.petct_study(0, spacing=SMALL)
     assert np.array_equal(nib.load(folder / "SEG.nii.gz").get_fdata(), expected.seg)
+
+
+# ----------------------------------------------------------------------------------- harder studies
+def test_benign_foci_look_like_lesions_in_pet_and_not_in_ct():
+    plain = phantom.petct_study(0, spacing=SMALL, has_tumor=True)
+    hard = phantom.petct_study(0, spacing=SMALL, has_tumor=True, harder=phantom.Harder(uptake=8))
+    assert np.array_equal(plain.seg, hard.seg)
+    focus = hard.suv - plain.suv > 2.5
+    assert focus.sum() > 30 and not (focus & (plain.seg > 0)).any()
+    lesion = plain.seg > 0
+    bright = [np.percentile(hard.suv[mask], 90) for mask in (focus, lesion)]
+    assert 0.5 < bright[0] / bright[1] < 2
+    assert np.median(hard.ct[focus]) < 20 < 45 < np.median(plain.ct[lesion])
+    none = phantom.petct_study(0, spacing=SMALL, has_tumor=False, harder=phantom.Harder(uptake=8))
+    assert not none.seg.any()
+
+
+def test_the_noise_of_pet_is_multiplied():
+    """The scanner is linear: noise of factor 3 differs from none by three times as much."""
+    none, one, three = (
+        phantom.petct_study(1, spacing=SMALL, harder=phantom.Harder(noise=n)) for n in (0, 1, 3)
+    )
+    assert np.array_equal(none.ct, three.ct)
+    bright = (none.suv > 1.5) & (three.suv > 0)  # not clipped at 0
+    once, thrice = (one.suv - none.suv)[bright], (three.suv - none.suv)[bright]
+    assert 0.02 < once.std() < 0.5
+    assert np.abs(thrice - 3 * once).max() < 4 / 512 + 1e-4  # values are rounded to 1/512
+
+
+def test_breathing_shifts_the_ct_at_the_diaphragm_by_hand():
+    """A CT whose HU is the slice's place, mm: 5 mm slices, shifted by up to 20 mm at z = 430."""
+    z = np.arange(0, 900, 5.0)
+    ct = np.broadcast_to(z.astype(np.float32), (2, 2, len(z)))
+    rng = np.random.default_rng(3)
+    shifted = phantom._breathe(ct, z, 20, rng)
+    most = 20 * np.random.default_rng(3).uniform(-1, 1)
+    assert shifted[0, 0, 86] == pytest.approx(430 + most, abs=0.01)
+    assert shifted[0, 0, 64] == pytest.approx(320 + most / np.e, abs=0.01)  # 110 mm away
+    assert np.abs(shifted[..., [1, -2]] - ct[..., [1, -2]]).max() < 0.01
+    assert np.array_equal(phantom._breathe(ct, z, 0, rng), ct)
+
+
+def test_breathing_leaves_pet_and_truth_where_they_are():
+    plain = phantom.petct_study(2, spacing=SMALL)
+    hard = phantom.petct_study(2, spacing=SMALL, harder=phantom.Harder(breathing=40))
+    assert np.array_equal(plain.suv, hard.suv) and np.array_equal(plain.seg, hard.seg)
+    moved = np.abs(plain.ct - hard.ct).mean((0, 1))
+    around, legs = moved[45:60].mean(), moved[:8].mean()  # z = 430 mm is slice 53
+    assert around > 20 and legs < 1
+
+
+def test_harder_studies_have_a_folder_and_a_header_that_tell_them_apart(tmp_path):
+    harder = phantom.Harder(3, 2.5, 12)
+    assert str(harder) == "uptake 3, noise 2.5, breathing 12" and str(phantom.Harder()) == ""
+    [folder] = phantom.write_petct(tmp_path, 1, spacing=SMALL, harder=harder)
+    before = (folder / "SUV.nii.gz").read_bytes()
+    phantom.write_petct(tmp_path, 1, spacing=SMALL, harder=harder)
+    assert (folder / "SUV.nii.gz").read_bytes() == before
+    with pytest.raises(UserError, match="uptake 3, noise 2.5, breathing 12', not 'phantom 1"):
+        phantom.write_petct(tmp_path, 1, spacing=SMALL)

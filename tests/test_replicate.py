@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from mirror_unet import MirrorOutput
 
 TINY = "--phantoms 6 --spacing 10 10 10 --patch 32 32 32 --channels 2 3 4 5 6 --folds 2".split()
 FOLDS = [[["a", "b"], ["c", "d"]], [["c", "d"], ["a", "b"]]]  # [training, held-out] per fold
+FIVE_FOLDS = [[[b for b in "abcde" if b != a], [a]] for a in "abcde"]
 
 
 # ---------------------------------------------------------------------------------- the experiments
@@ -204,6 +206,24 @@ def test_a_run_that_serves_two_claims_is_made_once(monkeypatch):
     assert found == [("petct", v) for v in ("v1", "v2", "v3", "v4")]
     laptop = plan("--preset laptop --claims 1 9 --root x --folds 0")
     assert {r.source for r in laptop} == {"petct", "phantom"} and len(laptop) == 6
+
+
+def test_the_planned_study_says_what_its_commands_run(monkeypatch):
+    """The table in results/README.md: each command makes as many runs as it says, none twice."""
+    monkeypatch.setattr(replicate, "find_folds", lambda c: FIVE_FOLDS)
+    lines = (ROOT / "results" / "README.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if "| `python replicate.py" in line]
+    assert len(rows) == 8
+    keys = set()
+    for data, _, folds_seeds, runs, command in rows:
+        argv = shlex.split(command.strip(" |`"))[2:]
+        if "PET/CT" in data:
+            argv += ["--root", "x"]
+        planned = {r.key: r for r in replicate.plan(*replicate.parse_arguments(argv))}
+        assert len(planned) == int(runs) and not keys & set(planned), command
+        keys |= set(planned)
+        found = [{r.fold for r in planned.values()}, {r.seed for r in planned.values()}]
+        assert [len(f) for f in found] == [int(n) for n in folds_seeds.split(" x ")]
 
 
 # --------------------------------------------------------------- runs, with a stand-in for train.py
