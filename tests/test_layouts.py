@@ -382,6 +382,8 @@ def test_masks_of_other_values_need_an_option(tmp_path, values):
         ("PETCT_0001/2001-01-01/nifti", "PETCT_0001"),
         ("PETCT_0001/12-31-2001-NA-PET-CT Ganzkoerper/1", "PETCT_0001"),
         ("site/PETCT_0001/20010131", "site__PETCT_0001"),
+        ("PETCT_0001/2001_01_31/CT/1", "PETCT_0001"),
+        ("PETCT_0001_31.01.2001/nifti", "PETCT_0001"),
         ("sub-01/ses-02/pet", "sub-01"),
         ("P1/visit1", "P1"),
         ("P1/S1", "P1"),
