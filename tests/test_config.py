@@ -510,3 +510,8 @@ def test_options_of_the_phantom_need_the_phantom():
         command = f"--data {data} --root x --phantom-uptake 3 --phantom-breathing 9"
         with pytest.raises(UserError, match="--phantom-uptake 3 --phantom-breathing 9: for --data"):
             parse_config(command.split())
+
+
+def test_a_run_folder_whose_name_is_too_long_is_refused():
+    with refused("cannot be written", "File name too long"):
+        parse_config(["--resume", "--out", "o" * 300])
