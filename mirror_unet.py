@@ -152,7 +152,7 @@ class ResidualUnit(nn.Module):
             self.shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)
+        shortcut = convolve(self.shortcut, x)
         *first, last = self.units
         for unit in first:
             x = unit(x)
@@ -341,6 +341,8 @@ class MirrorUNet(nn.Module):
             learnable = ct_weight == "learnable"
             w = torch.tensor(0.5 if learnable else float(ct_weight))
             self.ct_weight = nn.Parameter(w) if learnable else nn.Buffer(w)
+        for module in self.modules():
+            module.released = norm == "batch"  # see kernels/recompute.py
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
         self.check_input(x.shape, channels=2)

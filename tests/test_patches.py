@@ -105,7 +105,7 @@ def test_an_item_has_the_documented_shapes_and_types(three_cases):
     dataset = PatchDataset(three_cases, (8, 4, 6), 30, 0, EVERYTHING)
     expected = {
         "image": ((2, 8, 4, 6), torch.float32),
-        "label": ((1, 8, 4, 6), torch.int64),
+        "label": ((1, 8, 4, 6), torch.uint8),
         "tumor": ((), torch.float32),
         "key": ((), torch.int64),
     }
@@ -431,13 +431,14 @@ def test_petct_targets_by_hand():
 def test_brain_targets_by_hand():
     label = torch.tensor([0, 1, 2, 0, 1, 1, 2, 2]).reshape(1, 1, 2, 2, 2)
     targets = make_targets({"image": numbered(1, 2, 2, 2, 2), "label": label}, "brain")
-    expected = {
+    by_hand = {
         "edema": [0, 1, 0, 0, 1, 1, 0, 0],
         "core": [0, 0, 1, 0, 0, 0, 1, 1],
         "whole": [0, 1, 1, 0, 1, 1, 1, 1],
     }
-    for name, values in expected.items():
-        assert same(targets[name], torch.tensor(values).reshape(1, 1, 2, 2, 2))
+    for name, values in by_hand.items():
+        expected = torch.tensor(values, dtype=torch.uint8).reshape(1, 1, 2, 2, 2)
+        assert same(targets[name], expected)
 
 
 # ------------------------------------------------------------------------------------ corruption
@@ -635,3 +636,27 @@ def test_the_permutation_has_the_statistics_of_a_random_one(size):
 def test_cubes_outside_the_volume_or_of_a_wrong_shape_are_an_error(corners, size, words):
     with pytest.raises(ValueError, match=words):
         voxel_shuffle(torch.zeros(1, 1, 5, 5, 5), torch.tensor(corners), size, 0)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 1, 3)])
+@pytest.mark.parametrize("flip", [0, 0.5])
+def test_a_rotated_patch_is_that_of_scipy_in_float64(tmp_path, spacing, flip):
+    """SciPy's trilinear interpolation in float64; ours is in float32, plane by plane."""
+    rng = np.random.default_rng(0)
+    image = rng.random((2, 21, 19, 23)).astype(np.float16)
+    case = write_entry(tmp_path / "c", rng.integers(0, 3, image.shape[1:]), image, spacing)
+    for n in range(12):
+        params = draw(n, rotate=1, scale=n % 2, flip=flip)
+        center, size = rng.integers(0, image.shape[1:]), np.array((12, 10, 9 + n % 3))
+        patch, part = read_patch(case, center, size, params)
+        start = np.clip(center - size // 2, 0, np.array(image.shape[1:]) - size)
+        matrix = np.diag(1 / np.array(spacing)) @ params["matrix"] @ np.diag(spacing)
+        offset = start + (size - 1) / 2 - matrix @ ((size - 1) / 2) + 20  # 20 voxels of padding
+        expected = []
+        for volume, order in ((image[0], 1), (image[1], 1), (case.array("label"), 0)):
+            padded = np.pad(volume, 20).astype(np.float64)
+            turned = ndimage.affine_transform(padded, matrix, offset, tuple(size), order=order)
+            expected.append(np.flip(turned, params["flip"]))
+        assert np.abs(patch - expected[:2]).max() < 2e-6
+        assert np.array_equal(part, expected[2])
+        assert patch.dtype == np.float32 and patch.flags.c_contiguous and part.flags.c_contiguous
