@@ -41,7 +41,7 @@ import patches
 from claims import Experiment, experiments_for, read_rows
 from config import FIELDS, Config, parse_config
 from evaluate import write_table
-from files import Interrupts, UserError, clean_parts, run_program, writing
+from files import Interrupts, UserError, clean_parts, run_program, source_version, writing
 from predict import evaluating, load_model, sliding_window
 
 # What all systems of a source have in common: data and budget. "demo" stands in for PET/CT if there
@@ -308,7 +308,7 @@ def result_rows(run: Run) -> list[dict]:
             **{name: mine.get(name, "") for name in ("ct_clean", "ct_noise", "ct_shuffle")},
             "steps": last["step"],
             "seconds": last["seconds"],
-            "commit": train.code_version()["code"],
+            "commit": source_version(),
             "options": " ".join(without_paths(run.argv)),
             "run": run.key,
         })
