@@ -60,8 +60,13 @@ class Config:
     """One run. Written to config.json and into every checkpoint."""
 
     # data
-    data: str = choice("phantom petct brain phantom-brain", "AutoPET or MSD Task01 layout")
+    data: str = choice("phantom petct brain phantom-brain", "layouts: see docs/data.md")
     root: str = option("", "folder of the studies; the phantoms need none")
+    patient_regex: str = option("", "what it matches in a study's name is the patient")
+    label_values: tuple[int, ...] = number(
+        (), -(2**15), 2**16, "PET/CT: values in the truth that are tumor; default: 1"
+    )
+    label_nonzero: bool = option(False, "PET/CT: all values in the truth but 0 are tumor")
     cache: str = option("cache", "folder for preprocessed studies")
     phantoms: int = number(100, 1, 100_000, "number of phantom studies")
     spacing: tuple[float, ...] = number(
@@ -70,7 +75,7 @@ class Config:
     ct_window: tuple[float, ...] = option((-100.0, 250.0), "HU that become 0 and 1", count=2)
     suv_window: tuple[float, ...] = option((0.0, 15.0), "SUV that become 0 and 1", count=2)
     negatives: bool = option(True, "keep studies without tumor", was="healthy")
-    splits: str = option("", "JSON file of folds in nnU-Net's format; default: folds by patient")
+    splits: str = option("", "JSON file of folds; default: ROOT/splits_final.json, or by patient")
     folds: int = number(5, 2, 1000, "number of folds if there is no --splits")
     fold: int = number(0, -1, 1000, "the fold that is held out; all (or -1): a run for each")
     # patches
@@ -166,6 +171,11 @@ class Config:
         if self.task == "petct":
             return ("seg",)
         return tuple(t for t in ("core", "whole", "edema") if t in self.network_tasks)
+
+    @property
+    def label_codes(self) -> tuple[int | None, ...]:
+        """The label_values of `data.find_cases`."""
+        return (None,) if self.label_nonzero else self.label_values
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -1,6 +1,6 @@
 """From NIfTI files to preprocessed studies: find cases -> preprocess once into a cache -> folds.
 
-    find_petct, find_brain      a folder in AutoPET or MSD Task01 layout -> [Case]
+    find_petct, find_brain      a folder of studies -> [Case] (`layouts.find_cases`)
     build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase],
                                 each a few memory-mapped arrays
     make_folds, read_splits     folds by patient, stratified by tumor; or the user's own folds
@@ -24,88 +24,27 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import files
-from files import UserError, atomic_write, read_header, read_nifti, same_grid, writing
+import processes
+from files import (
+    UserError,
+    atomic_write,
+    note,
+    on_one_grid,
+    overlap,
+    read_header,
+    read_json,
+    read_nifti,
+    same_grid,
+    size_and_sample,
+    writing,
+)
 
-
-# --------------------------------------------------------------------------------- files -> cases
-@dataclass(frozen=True)
-class Case:
-    """One study. images: (CT or None, PET); brain: (file of all channels,) or (T2w, FLAIR)."""
-
-    name: str
-    patient: str
-    images: tuple[Path | None, ...]
-    label: Path | None
-    channels: tuple[int, ...] = ()  # brain, one file: which channels are T2w and FLAIR
-    roles: tuple[tuple[int, str], ...] = ()  # brain: label code -> "edema" | "core"
-
-    def files(self) -> list[Path]:
-        """The files of this study that exist."""
-        return [path for path in (*self.images, self.label) if path and path.exists()]
-
-
-def find_petct(root, complete: bool = True) -> list[Case]:
-    """Find the studies in AutoPET layout: folders with SUV, CTres and SEG.nii.gz, at any depth.
-
-    A case's name is its path below root, with "__" for "/". The patient of PATIENT/STUDY is
-    PATIENT; a study directly below root is a separate patient. With complete=False, for
-    prediction, CT and truth may be missing, and are then None. Raises UserError if there are no
-    studies or, with complete=True, if a file is missing.
-    """
-    root = Path(root)
-    walk = os.walk(root, followlinks=True)  # Path.rglob does not follow symbolic links
-    folders = sorted(Path(path) for path, _, files in walk if "SUV.nii.gz" in files)
-    if not folders:
-        layout = "expected AutoPET's layout, PATIENT/STUDY/SUV.nii.gz"
-        raise UserError(f"{root}: no SUV.nii.gz at any depth; {layout}")
-    cases = []
-    for folder in folders:
-        suv, ct, seg = (folder / f"{name}.nii.gz" for name in ("SUV", "CTres", "SEG"))
-        missing = [path for path in (ct, seg) if not path.exists()]
-        if missing and complete:
-            raise UserError(f"{missing[0]}: missing; a study needs SUV, CTres and SEG")
-        ct, seg = (None if path in missing else path for path in (ct, seg))
-        parts = folder.relative_to(root).parts or (root.resolve().name,)
-        patient = "__".join(parts[:-1] or parts)
-        cases.append(Case("__".join(parts), patient, (ct, suv), seg))
-    return cases
-
-
-def find_brain(root) -> list[Case]:
-    """Find the cases in MSD Task01 layout: root/dataset.json lists images of four channels.
-
-    Its names of channels ("modality") and of label codes ("labels") are used. Without names they
-    are MSD's: channels FLAIR, T1w, T1gd, T2w; codes 1 edema, 2 and 3 core; or BraTS's codes if a
-    4 occurs: 1 and 4 core, 2 edema. Raises UserError if the file is missing or not of this form.
-    """
-    path = Path(root) / "dataset.json"
-    try:
-        meta = json.loads(path.read_text())
-        files = [(path.parent / e["image"], path.parent / e["label"]) for e in meta["training"]]
-        names = {str(v).lower(): int(k) for k, v in meta.get("modality", {}).items()}
-        labels = {int(code): str(v).lower() for code, v in meta.get("labels", {}).items()}
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: missing; expected the layout of MSD Task01") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        form = '"training": [{"image": ..., "label": ...}]'
-        raise UserError(f"{path}: not a dataset.json with {form} ({e!r})") from None
-    if not files:
-        raise UserError(f'{path}: "training" lists no cases')
-    flair = [k for name, k in names.items() if "flair" in name]
-    t2w = [k for name, k in names.items() if "t2" in name and "flair" not in name]
-    if names and not (flair and t2w):
-        raise UserError(f'{path}: "modality" names no T2w and FLAIR among {sorted(names)}')
-    channels = (t2w[0], flair[0]) if names else (3, 0)
-    roles = {}
-    for code, name in labels.items():
-        if code and any(w in name for w in ("edema", "tumo", "core", "enhanc", "necro")):
-            roles[code] = "edema" if "edema" in name else "core"
-    roles = tuple(roles.items()) if "edema" in roles.values() else ()
-    cases = []
-    for image, label in files:
-        name = image.name.split(".nii")[0]
-        cases.append(Case(name, name, (image,), label, channels, roles))
-    return cases
+# Studies are found there, and known here: data.Case, data.find_petct(root).
+from layouts import MSD, ROLES, Case, safe_name
+from layouts import find_brain as find_brain
+from layouts import find_cases as find_cases
+from layouts import find_petct as find_petct
+from layouts import find_splits as find_splits
 
 
 # ---------------------------------------------------------------------------------- preprocessing
@@ -165,17 +104,30 @@ def load_images(case: Case, preprocessing: Preprocessing) -> tuple[np.ndarray, n
 def _load_petct(case: Case, preprocessing: Preprocessing) -> tuple:
     """Return the channels (2 or 1, D, H, W), the mask PET > 0 (D, H, W) and the affine (4, 4)."""
     suv = read_nifti(case.images[1])
-    if np.percentile(suv.get_fdata(dtype=np.float32), 99) > 200:
-        advice = "divide by injected dose per body weight first"
-        raise UserError(f"{case.images[1]}: values look like Bq/ml, not SUV; {advice}")
+    _refuse_becquerel(suv, case.images[1])
     pet = preprocessing.resample(suv)
     channels = [_window(pet, *preprocessing.suv_window)]
     if case.images[0]:
-        ct = read_nifti(case.images[0])
-        same_grid(ct, suv, case.images[0], case.images[1])
-        ct = nib.Nifti1Image(ct.dataobj, suv.affine)  # equal but for rounding: resample alike
-        channels.insert(0, _window(preprocessing.resample(ct), *preprocessing.ct_window))
+        ct = read_nifti(case.images[0], air=-1000.0)
+        if on_one_grid(ct, suv):  # equal but for rounding: resample alike
+            ct = preprocessing.resample(nib.Nifti1Image(ct.dataobj, suv.affine))
+        else:
+            share = overlap(suv, ct, case.images[1], case.images[0])
+            line = f"resampled to the PET's grid, of which it covers {share:.0%}"
+            note(f"{case.images[0]}: {line}", kind="CT")
+            ct = resample_from_to(ct, (pet.shape, pet.affine), order=1, cval=-1000.0)
+        channels.insert(0, _window(ct, *preprocessing.ct_window))
     return np.stack(channels), channels[-1] > 0, pet.affine
+
+
+def _refuse_becquerel(suv: nib.Nifti1Image, path: Path | None) -> None:
+    """Raise UserError if more than a bladder is above SUV 200: 1 % of the body, or 150 ml."""
+    data = suv.get_fdata(dtype=np.float32)
+    hot = np.count_nonzero(data > 200)
+    ml = hot * np.prod(voxel_sizes(suv.affine)) / 1000
+    if hot > 0.01 * np.count_nonzero(data > 0) or ml > 150 or data.max() > 1e5:
+        advice = "divide by injected dose per body weight first (docs/python.md)"
+        raise UserError(f"{path}: values look like Bq/ml or SUV x 1000, not SUV; {advice}")
 
 
 def _load_brain(case: Case, preprocessing: Preprocessing) -> tuple:
@@ -213,26 +165,34 @@ def _z_score(data: np.ndarray) -> np.ndarray:
 def read_label(case: Case) -> nib.Nifti1Image:
     """Read the labels on the image's own grid as uint8: PET/CT 0, 1; brain 0, 1 edema, 2 core.
 
-    Raises UserError for unexpected codes, and if the grid is not the image's.
+    Labels that are on the grid of a CT with its own grid are resampled. Raises UserError for codes
+    without a meaning (`Case.roles`), and for any other grid.
     """
-    image = read_nifti(case.label)
-    like = read_header(case.images[-1])
-    same_grid(image, like, case.label, case.images[-1])
+    image = read_nifti(case.label, air=None)
     data = image.get_fdata(dtype=np.float32)
-    codes = [int(c) if c == int(c) else float(c) for c in np.unique(data) if c]
-    found = f"found {[0, *codes]}"
-    if not case.channels:  # PET/CT
-        if codes not in ([], [1]):
-            advice = "write tumor as 1 and all else as 0"
-            raise UserError(f"{case.label}: expected labels 0 and 1, {found}; {advice}")
-        return nib.Nifti1Image(data.astype(np.uint8), like.affine)
-    if not set(codes) <= {1, 2, 3, 4} or {3, 4} <= set(codes):
-        expected = "labels 0 to 3 (MSD) or 0, 1, 2, 4 (BraTS)"
-        raise UserError(f"{case.label}: expected {expected}, {found}; rename them")
-    named = [code for code, role in case.roles if role == "edema"]
-    edema = named or ([2] if 4 in codes else [1])  # BraTS's code, MSD's
-    out = np.where(np.isin(data, edema), 1, np.where(data > 0, 2, 0))
-    return nib.Nifti1Image(out.astype(np.uint8), like.affine)
+    roles = dict(case.roles or (MSD if case.channels else [(1, "tumor")]))
+    codes = [int(c) if c == int(c) else float(c) for c in np.unique(data[data != 0])]
+    if None not in roles and not set(codes) <= set(roles):
+        advice = 'name them in dataset.json ("labels")'
+        if "tumor" in roles.values():
+            advice = "say which are tumor with --label-values, or all but 0: --label-nonzero"
+        problem = f"expected labels {[0, *roles]}, found {[0, *codes]!s:.80}"
+        raise UserError(f"{case.label}: {problem}; {advice}")
+    labels = np.zeros(data.shape, np.uint8)
+    for code, role in roles.items():
+        labels[data != 0 if code is None else data == code] = ROLES[role]
+    like = read_header(case.images[-1])
+    ct = case.images[0] if "tumor" in roles.values() else None
+    if not on_one_grid(image, like) and (
+        case.own_grid or (ct and on_one_grid(image, read_header(ct)))
+    ):
+        overlap(image, like, case.label, case.images[-1])
+        note(f"{case.label}: resampled to the PET's grid", kind="truth")
+        image = nib.Nifti1Image(labels.astype(np.float32), image.affine)
+        image = resample_from_to(image, (like.shape, like.affine), order=1)
+        labels = (np.asarray(image.dataobj) >= 0.5).astype(np.uint8)
+    same_grid(image, like, case.label, case.images[-1])
+    return nib.Nifti1Image(labels, like.affine)
 
 
 def label_to_grid(truth: nib.Nifti1Image, preprocessing: Preprocessing, box: tuple) -> np.ndarray:
@@ -323,7 +283,7 @@ def refuse_duplicates(cases: list[Case]) -> None:
     seen = {}
     for case in cases:
         image = case.images[-1]
-        sample = tuple(files.size_and_sample(path) for path in case.files())
+        sample = tuple(size_and_sample(path) for path in case.files())
         keys = {case.name: f"case {case.name} occurs twice", sample: "one study under two names"}
         for key, problem in keys.items():
             if key and key in seen:
@@ -351,7 +311,7 @@ def build_cache(
         name = os.fsdecode(os.fsencode(case.name)[:180])  # a file's name has at most 255 bytes
         folder = cache / f"{name}-{_fingerprint(case, preprocessing)}"
         jobs.append((case, preprocessing, folder))
-    with ThreadPoolExecutor(files.available_cores()) as pool:
+    with ThreadPoolExecutor(processes.available_cores()) as pool:
         entries = list(pool.map(_read_entry, jobs))
     missing = [job for job, entry in zip(jobs, entries) if entry is None]
     for _, _, folder in missing:
@@ -361,10 +321,10 @@ def build_cache(
     if workers == 1:
         count = 0  # in this process
     else:
-        memory = max(map(_memory_needed, missing), default=1)
-        count = min(workers or files.available_cores(), max(1, files.free_memory() // memory))
+        allowed = processes.free_memory() // max(map(_memory_needed, missing), default=1)
+        count = min(workers or processes.available_cores(), max(1, allowed))
     try:
-        files.work(_cache_one, missing, count, "preprocessing")
+        processes.work(_cache_one, missing, count, "preprocessing")
     finally:
         files.clean_parts(cache)  # of processes that were killed
     entries = [entry or _read_entry(job) for job, entry in zip(jobs, entries)]
@@ -391,7 +351,7 @@ def make_folds(cases, k: int = 5, seed: int = 0) -> list[dict[str, list[str]]]:
     """
     patients = sorted({case.patient for case in cases})
     if not 2 <= k <= len(patients):
-        limits = "give at least 2 folds and at most one per patient"
+        limits = "give at least 2 folds and at most one per patient (see --patient-regex)"
         raise UserError(f"{k} folds of {len(patients)} patient(s): {limits}")
     np.random.default_rng([seed, 0xF01D]).shuffle(patients)
     positive = {case.patient for case in cases if case.tumor}
@@ -411,14 +371,12 @@ def read_splits(path, cases) -> list[dict[str, list[str]]]:
     A name is a case's or a patient's; the names of the cases are returned. Raises UserError for
     another format, unknown names, an empty side of a fold, and a patient on both sides.
     """
+    form = 'a JSON list of {"train": [names], "val": [names]}'
     try:
-        folds = json.loads(Path(path).read_text())
-        folds = [{side: list(map(str, f[side])) for side in ("train", "val")} for f in folds]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError) as e:
-        form = '{"train": [names], "val": [names]}'
-        raise UserError(f"{path}: expected a JSON list of {form} ({e!r})") from None
+        folds = read_json(path, form)
+        folds = [{s: list(map(safe_name, f[s])) for s in ("train", "val")} for f in folds]
+    except (KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: expected {form} ({e!r:.80})") from None
     if not folds:
         raise UserError(f"{path}: no folds")
     patient_of = {case.name: case.patient for case in cases}

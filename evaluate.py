@@ -1,4 +1,4 @@
-"""Masks against the truth, on the input's own grid: rows per case, their means, tables.
+"""Masks against the truth, on the input's own grid: rows per case and lesion, means, tables.
 
 An empty truth has no Dice and no FNV (NaN): such cases are left out of those means, and counted.
 """
@@ -13,9 +13,20 @@ from nibabel.nifti1 import Nifti1Image
 
 from data import Case, read_label
 from files import atomic_write, read_header
-from metrics import case_metrics, patient_metrics, voxel_ml
+from metrics import (
+    LESION_MEASURES,
+    case_metrics,
+    components,
+    lesion_table,
+    lesion_totals,
+    patient_metrics,
+    surface_metrics,
+    voxel_ml,
+)
 
-MEASURES = ("dice", "fpv_ml", "fnv_ml")
+MEASURES = ("dice", "fpv_ml", "fnv_ml")  # AutoPET's
+AGREEMENT = ("surface_dice", "hd95_mm", "true_lesions", "lesion_sensitivity", "false_lesions")
+LESION_COLUMNS = ("case", "target", "lesion", *LESION_MEASURES)
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -45,6 +56,35 @@ def evaluate_case(
         columns = (*MEASURES, "pred_ml", "truth_ml")
         rows.append({"case": case.name, "target": target} | {k: numbers[k] for k in columns})
     return rows
+
+
+def describe_case(
+    case: Case, truth: Nifti1Image | None, masks: list[np.ndarray], targets: tuple[str, ...],
+    suv: np.ndarray | None, tolerance: float,
+) -> tuple[list[dict], list[dict]]:
+    """`evaluate_case` with more columns, and a row of `LESION_COLUMNS` for each predicted lesion.
+
+    The columns are the agreement with the truth, `AGREEMENT`, NaN without one, and the patient's
+    `metrics.lesion_totals`. suv: the PET (D, H, W); None leaves out its numbers. tolerance: of the
+    surface Dice, mm.
+    """
+    affine = np.asarray(read_header(case.images[-1]).affine)
+    labels = None if truth is None else np.asarray(truth.dataobj)
+    rows, lesions = evaluate_case(case, truth, masks, targets), []
+    for row, mask in zip(rows, masks):
+        true = None if labels is None else true_mask(labels, row["target"])
+        found = lesion_table(mask, affine, suv, true)
+        row |= dict.fromkeys(AGREEMENT, math.nan)
+        if true is not None:
+            touched = components(true, mask)[2][1:]
+            row |= surface_metrics(mask, true, voxel_sizes(affine), tolerance)
+            row["true_lesions"] = len(touched)
+            row["lesion_sensitivity"] = float(touched.mean()) if len(touched) else math.nan
+            row["false_lesions"] = sum(not lesion["meets_truth"] for lesion in found)
+        row |= {"lesions": len(found)} if suv is None else lesion_totals(found)
+        first = {"case": case.name, "target": row["target"]}
+        lesions += [first | {"lesion": i} | lesion for i, lesion in enumerate(found, start=1)]
+    return rows, lesions
 
 
 def true_mask(labels: np.ndarray, target: str) -> np.ndarray:
@@ -80,10 +120,10 @@ def summarize(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------ tables
-def write_table(rows: list[dict], path: Path) -> None:
-    """Write rows as a CSV file; an undefined number is an empty cell."""
+def write_table(rows: list[dict], path: Path, columns=None) -> None:
+    """Write rows as a CSV file, with the first row's columns; an undefined number is empty."""
     with atomic_write(path) as part, open(part, "w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(f, fieldnames=columns or list(rows[0]))
         writer.writeheader()
         for row in rows:
             nan = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
@@ -102,6 +142,10 @@ def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
             print(f"{r['case']:{width}}{_cell(r['dice'], 3)}{''.join(volumes)}")
         means = [_cell(mean_of(mine, k)) for k in ("fpv_ml", "fnv_ml")]
         print(f"{'mean':{width}}{_cell(mean_of(mine, 'dice'), 3)}{''.join(means)}")
+        surface, hd95, _, sensitivity, false = (_cell(mean_of(mine, k)).strip() for k in AGREEMENT)
+        if any(name in mine[0] for name in AGREEMENT):
+            lesions = f"lesions: sensitivity {sensitivity}, {false} false ones per study"
+            print(f"{lesions}; surface Dice {surface}, HD95 {hd95} mm")
         empty = sum(not r["truth_ml"] for r in mine)
         if empty:
             print(

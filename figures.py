@@ -69,8 +69,8 @@ def curves(metrics: Path, out: Path) -> None:
 
 
 def _outline(axis, mask, color: str) -> None:
-    """Outline a two-dimensional mask, if it is known and not empty."""
-    if mask is not None and mask.any():
+    """Outline a two-dimensional mask, if it is known, not empty and not one voxel wide."""
+    if mask is not None and mask.any() and min(mask.shape) > 1:
         style = dict(colors=color, linestyles=OUTLINES[color], linewidths=1.2)
         axis.contour(mask.T, levels=[0.5], **style)
 
@@ -127,7 +127,7 @@ def _case(axes, row: dict) -> None:
     for mask, color in ((truth, TRUTH), (pred, PREDICTION)):
         _outline(axes[2], mask[:, :, z], color)
         _outline(axes[-1], mask.max(1), color)
-    axes[0].set_ylabel(row["title"], fontsize=8)
+    axes[0].set_ylabel(row["title"], fontsize=8, parse_math=False)  # names like P$^$
 
 
 def tile(title: str, image, pred, truth, spacing, brain: bool) -> dict:
@@ -161,7 +161,7 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
         axis.imshow(t["image"].T, aspect=t["aspect"], **_grey_scale(t["image"], t["pet"]))
         _outline(axis, t["truth"], TRUTH)
         _outline(axis, t["pred"], PREDICTION)
-        axis.set_title(t["title"], fontsize=7)
+        axis.set_title(t["title"], fontsize=7, parse_math=False)
     _legend(fig)
     _save(fig, out)
 

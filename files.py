@@ -1,10 +1,11 @@
-"""What all programs here share: errors for people, images read with care, atomic files, locks."""
+"""What all programs here share: errors for people, atomic files, JSON and images read with care."""
 
+import bz2
 import contextlib
-import errno
-import fcntl
 import functools
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
@@ -13,27 +14,54 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import apply_affine
+from nibabel import imageglobals, nifti1, nifti2
+from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.arrayproxy import ArrayProxy
+from scipy import ndimage
 from tqdm import tqdm
+
+# Control characters, line ends, marks that reverse the text, and bytes that are not UTF-8: as part
+# of a name they could break a line in two or rewrite the terminal.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text) -> str:
+    """The text on one line, with \\x1b instead of an escape character, and so on."""
+    return UNSAFE.sub(lambda c: ascii(c[0])[1:-1], str(text))
 
 
 class UserError(ValueError):
     """Something the user can fix: bad files or options. Programs print one line and exit with 2."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
 
 class CannotWrite(UserError):
     """A full disk, no permission, a folder of that name: writing further files would fail too."""
+
+
+_said: set[str] = set()
+
+
+def note(message: str, kind: str = "") -> None:
+    """Print a line about a file, once per process; of a kind that many files may share, one line.
+
+    Written at once, as several processes may print.
+    """
+    if (kind or message) not in _said:
+        _said.add(kind or message)
+        more = " (files alike are not named)" if kind else ""
+        print(printable(message) + more + "\n", end="", flush=True)
 
 
 class Stopped(SystemExit):
@@ -49,6 +77,9 @@ def run_program(main: Callable[[list[str]], None]) -> None:
 
     Ctrl-C and SIGTERM also end it with a line, and with the codes that shells expect, 130 and 143.
     """
+    for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     received = []
 
     def stop(number, _):
@@ -78,6 +109,12 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     except Stopped as e:
         tqdm.write(f"\n{e}", file=sys.stderr)
         sys.exit(128 + e.number)
+    except OSError as e:  # no permission, a name that is too long, a loop of links
+        if e.filename is None:
+            raise
+        line = f"{e.filename}: {e.strerror}; choose another place, or allow its use"
+        tqdm.write(f"error: {printable(line)}", file=sys.stderr)
+        sys.exit(2)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -196,58 +233,264 @@ class Interrupts:
             self.__enter__()
 
 
-def _unreadable(path: Path, error: Exception, advice: str) -> UserError:
-    reason = (str(error) or repr(error)).splitlines()[0]
-    return UserError(f"{path}: not a readable NIfTI file{advice} ({reason})")
+# -------------------------------------------------------------------------------------------- JSON
+def read_json(path, expected: str) -> Any:
+    """Read a JSON file, in UTF-8 or UTF-16, also with a byte-order mark.
 
-
-def read_nifti(path, ndim: int = 3) -> nib.Nifti1Image:
-    """Load an image as float32. UserError if it is missing, broken, not finite or not `ndim`-D."""
+    `expected` describes its contents. Raises UserError if it is missing or not JSON.
+    """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
     try:
-        image: Any = nib.load(path)
-        data = image.get_fdata(dtype=np.float32)
+        if path.stat().st_size > 2**26:
+            raise ValueError("larger than 64 MB")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected {expected}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        why = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
+        raise UserError(f"{path}: expected {expected} ({why:.200})") from None
+
+
+# ------------------------------------------------------------------------------------------ images
+MOST_VOXELS = 2**29  # 512 x 512 x 2048: two meters of CT in slices of 1 mm
+MOST_EXTENSIONS = 2**26  # bytes before the voxels
+MILLIMETERS = {1: 1000.0, 3: 0.001}  # xyzt_units: meters and micrometers; all else means mm
+# Headers are checked below; nibabel's remarks on them would be further lines on the terminal.
+imageglobals.logger.setLevel("CRITICAL")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = (str(error) or repr(error)).splitlines()[0]
+    advice = "perhaps cut short or damaged; copy or export it again"
+    return UserError(f"{path}: not a readable NIfTI file, {advice} ({reason})")
+
+
+@contextlib.contextmanager
+def _open_nifti(path: Path) -> Iterator[tuple[BinaryIO, Any, np.ndarray]]:
+    """Yield the stream of a file's voxels, its checked header and its affine in mm (4, 4).
+
+    What is damaged, also if the block that reads it finds so, raises UserError.
+    """
+    path = path.with_suffix(".hdr") if path.suffix == ".img" else path
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file; give a NIfTI file")
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")
+            stream = stack.enter_context(_open_stream(path))
+            header, affine = _read_header(stream, path)
+            if not header.is_single:
+                stream = stack.enter_context(_open_stream(path.with_suffix(".img")))
+            yield stream, header, affine
+    except UserError:
+        raise
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename or path}: no such file") from None
+    except MemoryError:
+        raise UserError(f"{path}: does not fit into this machine's memory") from None
     except Exception as e:  # nibabel, zlib and gzip raise different errors for a broken file
-        raise _unreadable(path, e, ", perhaps cut short; copy or export it again") from None
+        raise _unreadable(path, e) from None
+
+
+def _open_stream(path: Path) -> BinaryIO:
+    """Open a file, which is decompressed while it is read if it begins like gzip or bzip2."""
+    with open(path, "rb") as f:
+        start = f.read(2)
+    opener: Any = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(start, open)
+    return opener(path, "rb")
+
+
+def _read_header(stream: BinaryIO, path: Path) -> tuple[Any, np.ndarray]:
+    """Read and check a header: it and the affine in mm (4, 4). Raises UserError, ValueError.
+
+    Nothing of the sizes that the header claims is read or allocated before they are checked.
+    """
+    start = stream.read(540)
+    if nifti2.Nifti2Header.may_contain_header(start):
+        kinds = (nifti2.Nifti2Header, nifti2.Nifti2PairHeader)
+        magic = start[4:7]
+    else:
+        kinds = (nifti1.Nifti1Header, nifti1.Nifti1PairHeader)
+        magic = start[344:347]
+    if magic not in (b"n+1", b"n+2", b"ni1", b"ni2"):
+        raise ValueError("it does not begin with a NIfTI header")
+    kind: Any = kinds[magic in (b"ni1", b"ni2")]
+    size = kind.template_dtype.itemsize
+    raw = kind(start[:size], check=False)  # as it is in the file; a check repairs some fields
+    _check_size(raw, path)
+    before = max(size, int(raw["vox_offset"])) if kind.is_single else MOST_EXTENSIONS
+    start += stream.read(max(0, before - len(start)))
+    header = kind.from_fileobj(io.BytesIO(start[:before]))
+    return header, _check_affine(header, raw["pixdim"][1:4], path)
+
+
+def _shape(header) -> tuple[int, ...]:
+    """The shape without dimensions of size 1 after the third."""
+    shape = tuple(map(int, header.get_data_shape()))
+    return shape[:3] + tuple(n for n in shape[3:] if n > 1)
+
+
+def _check_size(header, path: Path) -> None:
+    """Raise UserError for voxels that are not numbers, and for sizes that no scan has."""
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        kind = "complex numbers" if dtype.kind == "c" else "colors"
+        raise UserError(f"{path}: its voxels are {kind}; export it as one real number per voxel")
+    shape = _shape(header)
+    sides = " x ".join(map(str, shape))
+    if len(shape) < 3 or min(shape) < 1:
+        raise UserError(f"{path}: expected 3 dimensions, found shape {shape}; export it again")
+    if np.prod(np.array(shape, float)) > MOST_VOXELS:
+        limit = f"no scan has more than {MOST_VOXELS:,}"
+        raise UserError(f"{path}: its header claims {sides} voxels; {limit}; export it again")
+    first = header.template_dtype.itemsize + 4 if header.is_single else 0
+    if not first <= float(header["vox_offset"]) <= MOST_EXTENSIONS:
+        raise UserError(f"{path}: its header names no place for the voxels; export it again")
+
+
+def _check_affine(header, pixdim: np.ndarray, path: Path) -> np.ndarray:
+    """Return the affine in mm (4, 4). Raises UserError if no scan has such voxels.
+
+    pixdim: the three sizes in the file; nibabel takes 1 instead of 0.
+    """
+    advice = "export it again, or write a correct sform and qform into its header"
+    form = "sform" if header["sform_code"] else "qform"
+    if form == "qform" and not (np.isfinite(pixdim).all() and pixdim.all()):
+        raise UserError(f"{path}: the sizes of its voxels (pixdim) are {pixdim}; {advice}")
+    try:
+        affine = np.array(header.get_best_affine(), float)
+    except Exception as e:  # nibabel has several
+        raise UserError(f"{path}: its {form} is damaged ({e}); {advice}") from None
+    if not np.isfinite(affine).all():
+        raise UserError(f"{path}: its {form} has numbers that are not finite; {advice}")
+    unit = int(header["xyzt_units"]) & 7
+    affine[:3] *= MILLIMETERS.get(unit, 1.0)
+    spacing = voxel_sizes(affine)
+    axes = affine[:3, :3] / np.maximum(spacing, 1e-30)
+    if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # 0.6 degrees
+        problem = f"its {form} is zero, singular or sheared: its axes are not at right angles"
+        raise UserError(f"{path}: {problem}; {advice}")
+    sizes = " x ".join(f"{s:.4g}" for s in spacing) + " mm"
+    if unit in MILLIMETERS:
+        sizes += f" (its header says {'meters' if unit == 1 else 'micrometers'})"
+    if spacing.min() < 0.0999 or spacing.max() > 20.001:
+        raise UserError(f"{path}: voxels of {sizes}; those of a scan have 0.1 to 20 mm; {advice}")
+    if unit == 3 and spacing.max() >= 1:  # small animals' scanners write micrometers
+        raise UserError(f"{path}: voxels of {sizes}: one of the two seems wrong; write it in mm")
+    if (spacing * _shape(header)[:3]).max() > 3000 or np.abs(affine[:3, 3]).max() > 1e5:
+        where = f"{_shape(header)} voxels of {sizes}, the first at {affine[:3, 3]} mm"
+        raise UserError(f"{path}: {where}: larger than a scan, which has up to 3 m; {advice}")
+    return affine
+
+
+def read_nifti(path, ndim: int = 3, air: float | None = 0.0) -> nib.Nifti1Image:
+    """Load an image as float32, with its affine in mm. Dimensions of size 1 at the end are dropped.
+
+    Files are read to their end, so that their checksum is verified. Voxels that are not finite
+    become `air` outside the body, which is where the values are well above it; they are counted in
+    a note. Raises UserError if the file is missing, damaged or not `ndim`-D, or if other voxels
+    are not finite (with air=None: any).
+    """
+    path = Path(path)
+    with _open_nifti(path) as (stream, header, affine):
+        data = np.asanyarray(ArrayProxy(stream, header), dtype=np.float32)
+        stored = header.get_data_dtype().itemsize * data.size
+        stream.seek(header.get_data_offset() + stored)
+        if stream.read(1):  # at the end, gzip and bzip2 compare checksums
+            raise ValueError("it holds more than its header says")
+    data = data.reshape(_shape(header))
     if data.ndim != ndim:
         many = data.ndim > ndim
         advice = "take one volume out of it" if many else "give the file that holds all of it"
         raise UserError(f"{path}: expected {ndim} dimensions, found shape {data.shape}; {advice}")
-    if bad := int((~np.isfinite(data)).sum()):
-        raise UserError(f"{path}: {bad} voxels are NaN or infinite; export again or set them to 0")
     data = np.ascontiguousarray(data)  # files are in Fortran order: resampling is 4 times slower
-    return nib.Nifti1Image(data, image.affine)
+    if not np.isfinite(data).all():
+        _fill_outside(data, air, path)
+    return nib.Nifti1Image(data, affine)
+
+
+def _fill_outside(data: np.ndarray, air: float | None, path: Path) -> None:
+    """Set the voxels that are not finite to `air`; UserError if some lie inside the body."""
+    bad = ~np.isfinite(data)
+    inside = bad
+    if air is not None:
+        body = ~bad & (data > (air / 2 or 0.1))  # CT: above -500 HU; SUV: above 0.1
+        inside = bad & _enclosed(body)
+    if count := np.count_nonzero(inside):
+        where = " inside the body" if air is not None else ""
+        problem = f"{count:,} voxels{where} are NaN or infinite"
+        raise UserError(f"{path}: {problem}; export it again, or set them to the right values")
+    data[bad] = air
+    count = np.count_nonzero(bad)
+    note(f"{path}: {count:,} voxels outside the body are NaN or infinite: taken as air ({air:g})")
+
+
+def _enclosed(body: np.ndarray) -> np.ndarray:
+    """Whether no path outside the body leads from a voxel to the border; (D, H, W) or with C."""
+    if body.ndim == 4:
+        return np.stack([_enclosed(volume) for volume in np.moveaxis(body, 3, 0)], axis=3)
+    parts = np.zeros(body.shape, np.int32)
+    ndimage.label(~body, output=parts)
+    border = np.ones_like(body)
+    border[1:-1, 1:-1, 1:-1] = False
+    outside = np.unique(parts[border])
+    return ~np.isin(parts, outside)
 
 
 def read_header(path) -> nib.Nifti1Image:
-    """Load an image's grid without its voxels; UserError if it is missing or cannot be read."""
-    try:
-        image: Any = nib.load(path)
-        return image
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as e:
-        raise _unreadable(path, e, "; export it again") from None
+    """Load an image's grid, in mm, and its header without its voxels, which are 0 here.
+
+    Dimensions of size 1 at the end are dropped. Raises UserError like `read_nifti`.
+    """
+    with _open_nifti(Path(path)) as (_, header, affine):
+        new = isinstance(header, nifti2.Nifti2Header)
+        kind: Any = nifti2.Nifti2Image if new else nifti1.Nifti1Image
+        units = int(header["xyzt_units"]) & 7
+        if units in MILLIMETERS:
+            header.set_xyzt_units(2)
+        return kind(np.broadcast_to(np.uint8(0), _shape(header)), affine, header)
+
+
+def on_one_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
+    """Whether both images have the same 3D shape and corners within 0.1 mm."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
+    apart = apply_affine(a.affine, corners) - apply_affine(b.affine, corners)
+    return a.shape[:3] == b.shape[:3] and bool(np.abs(apart).max() <= 0.1)  # mm, per axis
 
 
 def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> None:
-    """Raise UserError unless both images have the same 3D shape and corners within 0.1 mm."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * a.shape[:3]
-    apart = apply_affine(a.affine, corners) - apply_affine(b.affine, corners)
-    distance = np.abs(apart).max()  # mm, per axis
-    if a.shape[:3] != b.shape[:3] or distance > 0.1:
+    """Raise UserError unless both images are `on_one_grid`."""
+    if not on_one_grid(a, b):
         grids = f"{name_a} {a.shape[:3]} and {name_b} {b.shape[:3]}"
         raise UserError(f"{grids}: not on one grid; resample one to the other first")
 
 
+def overlap(a: nib.Nifti1Image, b: nib.Nifti1Image, name_a, name_b) -> float:
+    """The share of a's volume that lies in b.
+
+    Raises UserError if what they have in common is less than half of the smaller volume.
+    """
+    points = np.stack(np.meshgrid(*(np.linspace(0, n - 1, 33) for n in a.shape[:3])), axis=-1)
+    to_b = np.linalg.solve(np.asarray(b.affine), np.asarray(a.affine))  # voxels of a -> of b
+    inside = apply_affine(to_b, points)
+    inside = ((inside >= -0.5) & (inside <= np.array(b.shape[:3]) - 0.5)).all(-1)
+    volumes = [np.prod(voxel_sizes(image.affine) * image.shape[:3]) for image in (a, b)]
+    common = inside.mean() * volumes[0] / min(volumes)
+    if common < 0.5:
+        problem = f"only {common:.0%} of the smaller volume lies in the other"
+        raise UserError(f"{name_a} and {name_b}: {problem}; are they of one study?")
+    return float(inside.mean())
+
+
 def size_and_sample(path: Path) -> tuple[int, bytes]:
     """Return a file's size and 64 KB from its middle: enough to tell two scans apart."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        f.seek(max(0, size // 2 - 2**15))
-        return size, f.read(2**16)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            f.seek(max(0, size // 2 - 2**15))
+            return size, f.read(2**16)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}; allow reading it") from None
 
 
 # --------------------------------------------------------------------- what a run has to remember
@@ -346,158 +589,3 @@ def source_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         sources = sorted([*here.glob("*.py"), *here.glob("kernels/*.py")])
         return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
-
-
-# -------------------------------------------------------------------- locks, processes and memory
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder during the block; UserError if one is in it.
-
-    A record lock on FOLDER/.lock, which the block removes at its end. The operating system releases
-    it when its holder dies, however it dies; forked processes do not inherit it. It also works
-    between containers, and between hosts if their network file system passes locks on (NFS does).
-    """
-    path = folder / ".lock"
-    while True:
-        with writing(path):
-            file = open(path, "a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.EAGAIN, errno.EACCES):
-                file.seek(0)
-                holder = file.read(200) or "another process"
-                advice = "wait for its end, stop it, or choose another folder"
-                raise UserError(f"{folder}: {holder} is using it; {advice}") from None
-            print(f"{folder}: no locks here ({e.strerror}); start only one run in it", flush=True)
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its holder removed it meanwhile
-    with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def follow_parent(_=None) -> None:
-    """In a child process: leave Ctrl-C and SIGTERM to the parent, and end when the parent dies."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def work(function: Callable, jobs: list, workers: int, title: str) -> None:
-    """Call function(job) for all jobs, in `workers` child processes, or in this one if it is 0.
-
-    Raises UserError if a child is killed. Ctrl-C and SIGTERM end all children at once (Stopped).
-    """
-    bar = tqdm(total=len(jobs), desc=title, unit="case", disable=not jobs)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)) or 1, initializer=follow_parent)
-    try:
-        for _ in (pool.map if workers else map)(function, jobs):
-            bar.update()
-    except BrokenProcessPool:
-        problem = f"{title}: one of {workers} processes was killed, as if memory was full"
-        advice = "close other programs, or allow fewer processes with --workers"
-        raise UserError(f"{problem}: {advice}; what is done is kept") from None
-    except (KeyboardInterrupt, Stopped) as e:
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        if isinstance(e, Stopped):
-            done = f"{bar.n} of {len(jobs)} studies are done and kept"
-            raise Stopped(e.number, f"stopped while {title}; {done}") from None
-        raise
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-
-
-def available_cores() -> int:
-    """The number of cores that this process may use, by its affinity and its container's quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    limits = [text.split() for (text,) in _controls("cpu", "cpu.max")]
-    limits += _controls("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
-    for quota, period in limits:
-        if quota.strip() not in ("max", "-1"):
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free on this machine, and within the limit of its container."""
-    free = 2**62
-    with contextlib.suppress(OSError):  # Linux only
-        free = int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
-    limits = _controls("memory", "memory.max", "memory.current", "memory.stat")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-    for limit, used, parts in [*limits, *_controls("memory", *names)]:
-        if limit.strip() != "max":
-            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", parts, re.MULTILINE)
-            free = min(free, int(limit) - int(used) + max(map(int, cached), default=0))
-    return max(0, free)
-
-
-def _controls(controller: str, *names: str) -> list[list[str]]:
-    """The texts of these control files, of this process's cgroup and of those above it."""
-    found = []
-    with contextlib.suppress(OSError):  # Linux only
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)  # version 2 has one tree for all controllers
-            root = Path("/sys/fs/cgroup", controller if controllers else "")
-            if controllers and controller not in controllers.split(","):
-                continue
-            folder = root / path.strip("/")
-            for group in (folder, *folder.parents):
-                if all((group / name).is_file() for name in names):
-                    found.append([(group / name).read_text() for name in names])
-    return found
-
-
-SMALLER = "use a smaller --batch or --patch, or close other programs"
-CAUSES = {  # words in an error of the system or of PyTorch: what happened, and what to change
-    r"CUDA out of memory|CUDA error: out of memory|ALLOC_FAILED":
-        "the GPU's memory is full: use a smaller --batch or --patch, or --amp bf16",
-    r"shared memory|/torch_\w+|shm|Bus error":
-        "shared memory (/dev/shm) is full: use fewer --workers, or 0; in Docker --shm-size=8g",
-    r"DataLoader worker .* (?:killed|exited)":
-        f"a loader process was killed, as if memory was full: use fewer --workers; {SMALLER}",
-    r"[Cc](?:an't|annot|ould not|ouldn't) (?:allocate|create a memory|create a primitive)|bad_alloc"
-    r"|not enough memory|Unable to allocate": f"memory is full: {SMALLER}",
-    r"start new thread|Resource temporarily unavailable":
-        "no more processes or threads are allowed here: use fewer --workers, or raise ulimit -u",
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn errors of a full memory, a killed process or a forbidden file into a UserError."""
-    try:
-        yield
-    except (OSError, MemoryError, RuntimeError, UserError) as e:
-        lines = str(e).strip().splitlines() or [""]
-        if isinstance(e, UserError):
-            if "DataLoader worker" not in lines[0]:
-                raise
-            raise UserError(lines[-1].partition(": ")[2]) from None  # the last line of a traceback
-        if isinstance(e, MemoryError):
-            raise UserError(f"memory is full: {SMALLER}") from None
-        for words, advice in CAUSES.items():
-            if re.search(words, str(e)):
-                raise UserError(advice) from None
-        if isinstance(e, OSError) and e.filename:
-            advice = "check its permissions, or choose another"
-            raise UserError(f"{e.filename}: {e.strerror}; {advice}") from None
-        raise

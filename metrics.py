@@ -1,4 +1,4 @@
-"""Dice, false-positive and false-negative volume of a segmentation, and patient-level scores.
+"""Numbers of a segmentation, of its lesions and surfaces, and patient-level scores.
 
     Dice = 2 |P n T| / (|P| + |T|)
     FPV  = volume (ml) of the predicted components that touch no true voxel: false lesions
@@ -6,25 +6,51 @@
 
 Components are 18-connected (voxels that share a face or an edge), and values equal those of the
 AutoPET challenge's script. FPV does not see a false volume that is connected to a true one.
+
+A lesion is a component. Of its SUV, the field reports the maximum, the mean, the peak (the highest
+mean of a ball of 1 ml around one of its voxels) and TLG, total lesion glycolysis: volume x mean.
+A patient's metabolic tumor volume (MTV) and TLG are the sums over the lesions.
 """
 
 import math
 
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage, stats
+from scipy.spatial import KDTree
 
 _CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)
+MOST_SURFACE = 5_000_000  # voxels; more are noise, and would take gigabytes
+SUV_MEASURES = ("suv_max", "suv_mean", "suv_peak", "tlg")
+CENTER = ("x_mm", "y_mm", "z_mm")
+LESION_MEASURES = ("volume_ml", *SUV_MEASURES, *CENTER, "meets_truth")
 
 
-def _untouched_voxels(mask: np.ndarray, other: np.ndarray) -> int:
-    """Count the voxels of those components of `mask` that `other` does not touch."""
+# -------------------------------------------------------------------------------------- components
+def components(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number the components of a mask (D, H, W) from 1; 0 is the background.
+
+    Returns the numbers (D, H, W), int32; and for each number, 0 included, how many voxels it has
+    and whether one of them is also in `other` (D, H, W).
+    """
     labels = np.zeros(mask.shape, np.int32)
-    count = int(ndimage.label(mask, _CONNECTIVITY_18, labels))  # type: ignore
-    touched = np.zeros(count + 1, bool)
-    touched[labels[other]] = True
-    touched[0] = True  # the background is no component
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    return int(sizes[~touched].sum())
+    count = 1 + int(ndimage.label(mask, _CONNECTIVITY_18, labels))  # type: ignore
+    sizes = np.zeros(count, np.int64)
+    touched = np.zeros(count, bool)
+    parts = np.array_split(labels, 16), np.array_split(other, 16)  # for less memory
+    for numbers, there in zip(*parts):
+        sizes += np.bincount(numbers.ravel(), minlength=count)
+        touched[numbers[there]] = True
+    return labels, sizes, touched
+
+
+def remove_small(mask: np.ndarray, spacing, min_ml: float) -> np.ndarray:
+    """The mask (D, H, W), bool, without the components of less than `min_ml`."""
+    labels, sizes, _ = components(mask, mask)
+    keep = sizes * voxel_ml(spacing) >= min_ml * (1 - 1e-9)  # rounding
+    keep[0] = False
+    parts = np.array_split(labels, 16)
+    return np.concatenate([keep[numbers] for numbers in parts])
 
 
 def voxel_ml(spacing) -> float:
@@ -32,6 +58,7 @@ def voxel_ml(spacing) -> float:
     return math.prod(float(s) for s in spacing) / 1000
 
 
+# ---------------------------------------------------------------------------------- mask and truth
 def lesion_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, float]:
     """Dice, FPV and FNV of one case, exactly as the AutoPET challenge's script computes them.
 
@@ -48,10 +75,15 @@ def lesion_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, fl
         raise ValueError(f"expected 3D masks of one shape, got {pred.shape} and {truth.shape}")
     total = int(pred.sum()) + int(truth.sum())
     ml = voxel_ml(spacing)
+
+    def untouched(mask, other):
+        _, sizes, touched = components(mask, other)
+        return int(sizes[1:][~touched[1:]].sum()) * ml
+
     return {
         "dice": 2 * int((pred & truth).sum()) / total if total else math.nan,
-        "fpv_ml": _untouched_voxels(pred, truth) * ml,
-        "fnv_ml": _untouched_voxels(truth, pred) * ml,
+        "fpv_ml": untouched(pred, truth),
+        "fnv_ml": untouched(truth, pred),
     }
 
 
@@ -68,6 +100,90 @@ def case_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, floa
     return row
 
 
+def surface_metrics(pred, truth, spacing, tolerance: float = 2.0) -> dict[str, float]:
+    """Agreement of the surfaces of two bool masks (D, H, W), as MONAI defines it.
+
+    A surface is the voxels of a mask that share a face with a voxel outside the mask. Returns
+    {"surface_dice", the share of both surfaces within `tolerance` mm of the other one, "hd95_mm",
+    the larger of the two 95 % quantiles of the distances}. Both are NaN with an empty truth, and
+    if a surface has more than `MOST_SURFACE` voxels. Without a prediction they are 0 and NaN.
+    """
+    surfaces = [mask ^ ndimage.binary_erosion(mask) for mask in (pred, truth)]
+    sizes = [np.count_nonzero(surface) for surface in surfaces]
+    if min(sizes) == 0 or max(sizes) > MOST_SURFACE:
+        missed = sizes[0] == 0 < sizes[1]
+        return {"surface_dice": 0.0 if missed else math.nan, "hd95_mm": math.nan}
+    a, b = (np.argwhere(surface) * np.asarray(spacing) for surface in surfaces)  # (N, 3), mm
+    distances = KDTree(b).query(a)[0], KDTree(a).query(b)[0]
+    near = np.concatenate(distances) <= tolerance + 1e-6  # rounding
+    hd95 = max(np.percentile(d, 95) for d in distances)
+    return {"surface_dice": float(near.mean()), "hd95_mm": float(hd95)}
+
+
+# ----------------------------------------------------------------------------------------- lesions
+def lesion_table(mask: np.ndarray, affine: np.ndarray, suv=None, truth=None) -> list[dict]:
+    """The numbers of each lesion of a mask (D, H, W), the largest lesion first.
+
+    affine: (4, 4), from voxels to mm. suv, truth: arrays (D, H, W), or None: then what depends on
+    them is NaN. Returns rows of `LESION_MEASURES`; x, y and z are those of the center, and
+    "meets_truth" is whether the lesion and the truth share a voxel, 0 or 1.
+    """
+    labels, _, touched = components(mask, mask if truth is None else truth)
+    rows = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        row = _lesion(labels, number, box, affine, suv)
+        if truth is not None:
+            row["meets_truth"] = int(touched[number])
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["volume_ml"])
+
+
+def _lesion(labels, number: int, box: tuple[slice, ...], affine, suv) -> dict:
+    """A row of `lesion_table`, without the truth."""
+    spacing = voxel_sizes(affine)
+    inside = labels[box] == number  # (d, h, w)
+    volume = np.count_nonzero(inside) * voxel_ml(spacing)
+    row = dict.fromkeys(LESION_MEASURES, math.nan) | {"volume_ml": volume}
+    center = []
+    for axis, edge in enumerate(box):
+        counts = inside.sum(tuple({0, 1, 2} - {axis}))
+        center.append(np.average(np.arange(edge.start, edge.stop), weights=counts))
+    row |= zip(CENTER, apply_affine(affine, center).tolist())
+    if suv is not None:
+        mean = suv[box].mean(where=inside, dtype=np.float64)
+        highest = suv[box].max(where=inside, initial=-math.inf)
+        peak = -math.inf
+        for start in range(box[0].start, box[0].stop, 32):  # in slabs, for memory
+            slab = (slice(start, min(start + 32, box[0].stop)), *box[1:])
+            means = _ball_means(suv, slab, spacing)
+            peak = max(peak, means[labels[slab] == number].max())
+        row |= zip(SUV_MEASURES, map(float, (highest, mean, peak, mean * volume)))
+    return row
+
+
+def _ball_means(suv: np.ndarray, box: tuple[slice, ...], spacing: np.ndarray) -> np.ndarray:
+    """For each voxel of a box, the mean SUV of those within 6.2 mm, the radius of 1 ml."""
+    radius = (3000 / (4 * math.pi)) ** (1 / 3)
+    reach = (radius // spacing).astype(int)
+    axes = [np.arange(-n, n + 1) * s for n, s in zip(reach, spacing)]
+    ball = np.linalg.norm(np.meshgrid(*axes, indexing="ij"), axis=0) <= radius
+    outer = [slice(max(0, s.start - n), s.stop + n) for s, n in zip(box, reach)]
+    inner = [slice(s.start - o.start, s.stop - o.start) for s, o in zip(box, outer)]
+    means = ndimage.correlate(suv[tuple(outer)], ball / ball.sum(), mode="nearest")
+    return means[tuple(inner)]
+
+
+def lesion_totals(lesions: list[dict]) -> dict[str, float]:
+    """A patient's numbers: of `lesion_table`'s rows the sums, the mean and the maxima."""
+    volume = sum(row["volume_ml"] for row in lesions)
+    tlg = sum(row["tlg"] for row in lesions)
+    suv_max = max((row["suv_max"] for row in lesions), default=math.nan)
+    suv_peak = max((row["suv_peak"] for row in lesions), default=math.nan)
+    numbers = (suv_max, tlg / volume if lesions else math.nan, suv_peak, tlg)
+    return {"lesions": len(lesions), "mtv_ml": volume, **dict(zip(SUV_MEASURES, numbers))}
+
+
+# ---------------------------------------------------------------------------------------- patients
 def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float]:
     """How well a score per patient separates patients with tumor from those without.
 

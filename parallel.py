@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
-from files import UserError, available_cores
+from files import UserError
+from processes import available_cores
 
 
 def size() -> int:

@@ -1,4 +1,4 @@
-"""From a trained network to a mask on the input's own grid.
+"""From a trained network to a mask on the input's own grid, and the numbers of its lesions.
 
     python predict.py --checkpoint RUN/best.pt --pet SUV.nii.gz [--ct CTres.nii.gz] --out M.nii.gz
     python predict.py --checkpoint RUN/best.pt --image FOUR_CHANNEL.nii.gz --out M.nii.gz
@@ -16,12 +16,15 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import pickle
 import re
+import time
+import zipfile
 from collections.abc import Callable
 from itertools import combinations, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -33,9 +36,18 @@ from tqdm import tqdm
 
 import figures
 from config import FIELDS, Config, Parser, check_value, use_kernels
-from data import Case, find_brain, find_petct, label_to_grid, load_images
-from evaluate import evaluate_case, print_table, read_truth, write_table
-from files import CannotWrite, UserError, atomic_write, read_header, run_program, same_grid
+from data import Case, find_brain, find_petct, load_images
+from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth, write_table
+from files import (
+    CannotWrite,
+    UserError,
+    atomic_write,
+    read_header,
+    read_nifti,
+    run_program,
+    same_grid,
+)
+from metrics import remove_small
 from mirror_unet import BrainOutput
 
 
@@ -81,7 +93,8 @@ def sliding_window(
     shape = image.shape[1:]
     missing = [max(s - n, 0) for n, s in zip(shape, size, strict=True)]
     pad = [p for m in reversed(missing) for p in (m // 2, m - m // 2)]
-    image = torch.nn.functional.pad(image, pad)
+    if any(missing):
+        image = torch.nn.functional.pad(image, pad)
     weight = gaussian_window(size).to(image.device)
     starts = window_starts(image.shape[1:], size, overlap)
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
@@ -195,13 +208,27 @@ def reconstruct(model, image: Tensor, size, overlap=0.5, batch=2) -> dict[str, n
 
 # --------------------------------------------------------------------- back to the input's own grid
 def to_original(prob: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
-    """Resample a map (D, H, W) trilinearly from the grid of `affine` to `like`'s; 0 outside."""
-    same = prob.shape == like.shape[:3]
-    if same and np.allclose(affine, np.asarray(like.affine), atol=1e-4):
+    """Resample a map (D, H, W) trilinearly from the grid of `affine` to `like`'s.
+
+    `affine` is that of the crop by `data.load_images`; the axes of both grids are parallel. Beyond
+    the centers of its outermost voxels the map keeps their values, up to their faces; or, if `like`
+    has smaller voxels, as far as the crop can have missed the body: one voxel of the map less one
+    of `like`. Farther out is air: 0.
+    """
+    shape = like.shape[:3]
+    if prob.shape == shape and np.allclose(affine, np.asarray(like.affine), atol=1e-4):
         return prob
-    grid = (like.shape[:3], like.affine)
-    resampled = resample_from_to(nib.Nifti1Image(prob, affine), grid, order=1, cval=0.0)
-    return resampled.get_fdata(dtype=np.float32)
+    image = nib.Nifti1Image(prob, affine)
+    out = resample_from_to(image, (shape, like.affine), order=1, mode="nearest")
+    out = out.get_fdata(dtype=np.float32)
+    steps = np.linalg.inv(affine) @ np.asarray(like.affine)  # from voxels of `like` to the map's
+    for step, n in zip(steps, prob.shape):
+        axis = int(np.abs(step[:3]).argmax())  # of `like`
+        places = step[axis] * np.arange(shape[axis]) + step[3]
+        margin = max(0.5, 1 - abs(step[axis])) + 1e-3  # rounding
+        outside = (places < -margin) | (places > n - 1 + margin)
+        np.moveaxis(out, axis, 0)[outside] = 0
+    return out
 
 
 def to_masks(prob: np.ndarray, affine: np.ndarray, like, threshold: float) -> list[np.ndarray]:
@@ -223,10 +250,15 @@ def save_nifti(array: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
 def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
     """What train.py saved; its "config" becomes a Config. A foreign file cannot run code.
 
-    Raises UserError for anything that is not a checkpoint of train.py.
+    Raises UserError for anything that is not a checkpoint of train.py, or is damaged.
     """
     advice = "give a run's best.pt or last.pt"
     try:
+        with zipfile.ZipFile(path) as records:
+            if any(record.compress_type for record in records.infolist()):
+                raise ValueError("packed")  # perhaps far larger than the file
+            if damaged := records.testzip():  # torch does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
@@ -247,85 +279,132 @@ def load_model(path, device: str = "cpu") -> tuple[torch.nn.Module, Config]:
     state = load_checkpoint(path, device)
     c = state["config"]
     try:
-        model = c.build_model().to(device)
+        with torch.device("meta"):  # without memory: a config may ask for any number of channels
+            c.build_model().load_state_dict(state["model"], assign=True)
+        model: Any = c.build_model().to(device).eval()
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        model.check_input((1, 2, *c.patch))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
         why = " ".join(str(e).split())[:160]
         raise UserError(f"{path}: does not fit the network it names ({c.model}): {why}") from None
-    return model.eval(), c
+    for name, weights in model.state_dict().items():
+        if not weights.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; take an earlier checkpoint")
+    return model, c
 
 
 # ---------------------------------------------------------------------------------------- one study
 class Prediction(NamedTuple):
     """One segmented study."""
 
-    rows: list[dict]  # of `evaluate_case`, and v3's score of the patient
+    rows: list[dict]  # of `describe_case`, and v3's score of the patient
+    lesions: list[dict]
     tile: dict  # its picture for `figures.overview`
+    problem: str  # what is wrong with its truth, if it could not be used
+
+
+def check_study(case: Case, models: list[tuple]) -> tuple[Case, str]:
+    """Check the headers of a study's files, before any voxel is read.
+
+    Returns the study without a CT that no network reads, and what is wrong with its truth, if
+    anything is. Raises UserError for images that cannot be segmented.
+    """
+    *others, last = case.images
+    like = read_header(last)
+    need_ct = [c.model for model, c in models if "ct" in reads(model)]
+    if need_ct and None in others:
+        problem = f"{case.name}: {need_ct[0]} needs CT and PET, and the CT is missing"
+        raise UserError(f"{problem}; v1, v2, v3 and pet segment from PET alone")
+    others = others if need_ct else [None] * len(others)
+    for path in filter(None, others):
+        same_grid(read_header(path), like, path, last)
+    problem = ""
+    try:
+        if case.label:
+            same_grid(read_header(case.label), like, case.label, last)
+    except UserError as e:
+        problem = str(e)
+    return dataclasses.replace(case, images=(*others, last)), problem
 
 
 def predict_study(
-    models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False, options=None
+    models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False,
+    min_lesion_ml: float = 0.0, tolerance: float = 2.0,
 ) -> Prediction:
     """Segment one study, write the mask on the input's grid, and score it if it has a truth.
 
-    Brain masks hold MSD's codes: 1 edema, 2 core.
+    Brain masks hold MSD's codes: 1 edema, 2 core. A truth that cannot be used is none.
 
     Args:
-        models: pairs of `load_model`; the probabilities of several are averaged.
+        models: pairs of `load_model`; the probabilities of several are averaged, and the first
+            config's threshold counts.
         out: the mask to write. probabilities: also write each target's map next to it.
-        options: fields of Config that win over the checkpoints' ("threshold", "flips", ...).
+        min_lesion_ml: smaller components are no lesions. tolerance: of the surface Dice, mm.
     """
-    models = [(model, dataclasses.replace(c, **(options or {}))) for model, c in models]
     c = models[0][1]
+    used, problem = check_study(case, models)
+    image, affine, _ = load_images(used, c.preprocessing)
+    prob, score = predict_ensemble(models, torch.from_numpy(image).to(device), case.name)
+    image = image[-1].astype(np.float16)  # is drawn, and takes less memory
     like = read_header(case.images[-1])
-    if c.task == "petct" and case.images[0]:
-        same_grid(read_header(case.images[0]), like, *case.images)
-    need_ct = [d.model for model, d in models if "ct" in reads(model)]
-    if need_ct and None in case.images:
-        problem = f"{case.name}: {need_ct[0]} needs CT and PET, and the CT is missing"
-        raise UserError(f"{problem}; v1, v2, v3 and pet segment from PET alone")
-    if not need_ct:
-        case = dataclasses.replace(case, images=(None, case.images[-1]))
-    image, affine, box = load_images(case, c.preprocessing)
-    x = torch.from_numpy(image).to(device)
-    prob, scores = torch.zeros((), device=device), []
-    for model, d in models:
-        one, score = predict_image(
-            model, x, d.patch, d.overlap, d.batch,
-            flip_axes=d.flip_axes if d.flips else (),
-            amp=d.amp if torch.device(device).type == "cuda" else "off",
-            title=case.name,
-        )
-        prob = prob + one.div_(len(models))
-        scores += [] if score is None else [score]
-    prob = prob.cpu().numpy()
     like = like if like.ndim == 3 else like.slicer[..., 0]
     masks = []
     for target, p in zip(c.targets, prob):
         p = to_original(p, affine, like)
-        masks.append(p >= c.threshold)
+        mask = p >= c.threshold
+        if min_lesion_ml:
+            mask = remove_small(mask, voxel_sizes(like.affine), min_lesion_ml)
+        masks.append(mask)
         if probabilities:
-            stem, _, ending = out.name.rpartition(".nii")
-            path = out.with_name(f"{stem}_{target}_probability.nii{ending}")
-            save_nifti(p.astype(np.float32), like, path)
+            save_nifti(p.astype(np.float32), like, probability_path(out, target))
+    predicted = (prob >= c.threshold).any(0)
+    del p, prob  # memory
     mask = masks[0]
     if c.task == "brain":
         mask = np.where(masks[0], 2, np.logical_or.reduce(masks[1:]))
     save_nifti(mask.astype(np.uint8), like, out)
 
-    truth = read_truth(case)
-    score = float(np.mean(scores)) if scores else math.nan
-    rows = evaluate_case(case, truth, masks, c.targets)
+    truth = suv = None
+    try:
+        truth = None if problem else read_truth(case)
+    except UserError as e:
+        problem = str(e)
+    if c.task == "petct":
+        suv = np.asarray(read_nifti(case.images[-1]).dataobj)
+    rows, lesions = describe_case(case, truth, masks, c.targets, suv, tolerance)
     rows = [row | {"tumor_score": score} for row in rows]
-    if truth is not None:
-        truth = label_to_grid(truth, c.preprocessing, box) > 0
+    if truth is not None:  # for the picture
+        truth = resample_from_to(truth, (predicted.shape, affine), order=0)
+        truth = np.asarray(truth.dataobj) > 0
     title = case.name
     if not math.isnan(rows[0]["dice"]):
         title += f"\nDice {rows[0]['dice']:.2f}"
-    predicted = (prob >= c.threshold).any(0)
     spacing = voxel_sizes(affine)
-    tile = figures.tile(title, image[-1], predicted, truth, spacing, c.task == "brain")
-    return Prediction(rows, tile)
+    tile = figures.tile(title, image, predicted, truth, spacing, c.task == "brain")
+    return Prediction(rows, lesions, tile, problem)
+
+
+def predict_ensemble(models: list[tuple], x: Tensor, title: str) -> tuple[np.ndarray, float]:
+    """Mean probabilities (K, D, H, W) and mean score of the patient (NaN without a classifier)."""
+    prob, scores = torch.zeros((), device=x.device), []
+    for model, c in models:
+        one, score = predict_image(
+            model, x, c.patch, c.overlap, c.batch,
+            flip_axes=c.flip_axes if c.flips else (),
+            amp=c.amp if x.device.type == "cuda" else "off",
+            title=title,
+        )
+        prob = one.div_(len(models)).add_(prob)
+        scores += [] if score is None else [score]
+    if not prob.sum().isfinite():
+        raise UserError(f"{title}: the network's probabilities are NaN; take another checkpoint")
+    return prob.cpu().numpy(), float(np.mean(scores)) if scores else math.nan
+
+
+def probability_path(mask: Path, target: str) -> Path:
+    """Where the map of a target is written: next to the mask."""
+    stem, _, ending = mask.name.rpartition(".nii")
+    return mask.with_name(f"{stem}_{target}_probability.nii{ending}")
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -347,6 +426,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--flips", action=flips, help="average over mirror images (the run's)")
     add("--overlap", type=float, help="overlap of windows, 0 to 0.9 (the run's)")
     add("--batch", type=int, help="windows at a time (the run's)")
+    add("--min-lesion-ml", type=float, default=0.0, help="leave out smaller lesions (0)")
+    add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, help=f"cpu | cuda | cuda:1 ... ({default})")
     add("--kernels", default="", help="auto | triton | plain (MIRROR_UNET_KERNELS, else auto)")
@@ -359,6 +440,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                 check_value(FIELDS[name], getattr(a, name))
             except ValueError as e:
                 raise UserError(f"--{name} {e}") from None
+    for name in ("min_lesion_ml", "tolerance_mm"):
+        if not 0 <= getattr(a, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: give 0 or more")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
         raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
@@ -368,21 +452,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check_files(a: argparse.Namespace) -> None:
     """Refuse inputs and outputs that do not go together: UserError."""
-    inputs = [p for p in (a.pet, a.ct, a.image, a.t2w, a.flair) if p]
     if a.ct and not a.pet:
         raise UserError("--ct without --pet: the mask is written on the PET's grid; give both")
     if bool(a.t2w) != bool(a.flair):
         raise UserError("--t2w and --flair go together; or give a four-channel file with --image")
     if sum(map(bool, (a.pet, a.image, a.flair, a.root))) != 1:
         raise UserError("give one input: --pet (and --ct), --image, --t2w and --flair, or --root")
-    if a.root and a.out.is_file():
+    if a.root and os.path.isfile(a.out):
         raise UserError(f"--out {a.out}: a file; name a folder")
     if not a.root and not a.out.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"--out {a.out}: a mask is a NIfTI file; end the name in .nii.gz")
-    if not a.root and a.out.is_dir():
+    if not a.root and os.path.isdir(a.out):
         raise UserError(f"--out {a.out}: a folder; name a file")
-    if a.out.resolve() in [p.resolve() for p in inputs]:
-        raise UserError(f"--out {a.out}: an input, which is never overwritten; choose another name")
 
 
 def find_cases(a: argparse.Namespace, task: str) -> list[tuple[Case, Path]]:
@@ -398,48 +479,112 @@ def find_cases(a: argparse.Namespace, task: str) -> list[tuple[Case, Path]]:
     else:
         images, channels = (a.t2w, a.flair) if a.flair else (a.ct, a.pet), ()
     name = images[-1].name.split(".nii")[0]
+    if name.lower() in ("suv", "pet", "image", "flair"):  # every study's
+        name = Path(os.path.abspath(images[-1])).parent.name
     return [(Case(name, "", images, None, channels), a.out)]
+
+
+def refuse_overwriting(outputs: list[Path], inputs: list[Path]) -> None:
+    """Raise UserError if an output is an input, also through a link, or two outputs are one."""
+
+    def identity(path: Path) -> tuple[int, int] | None:
+        if os.path.exists(path):
+            stat = os.stat(path)
+            return stat.st_dev, stat.st_ino
+
+    taken = {identity(path) for path in inputs} - {None}
+    seen = set()
+    for path in outputs:
+        if identity(path) in taken:
+            problem = "an input, which is never overwritten"
+            raise UserError(f"--out: {path} is {problem}; choose another name")
+        if path in seen:
+            raise UserError(f"--out: two outputs would be {path}; rename one of the studies")
+        seen.add(path)
+
+
+def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argparse.Namespace):
+    """Segment the studies, and print a line for each; with --root, write tables and a picture.
+
+    The files of all are checked before the first mask is written. A study that cannot be segmented
+    costs no other one: a UserError at the end names all of these.
+    """
+    checked, failed, rows, lesions, tiles = [], [], [], [], []
+    scored = any(case.label for case, _ in cases)
+    for case, out in cases:
+        try:
+            _, problem = check_study(case, models)
+        except UserError as e:
+            failed.append(str(e))
+            continue
+        if scored and (problem or not case.label):
+            print(f"not scored: {case.name}: {problem or 'no truth'}", flush=True)
+            case = dataclasses.replace(case, label=None)
+        checked.append((case, out))
+    if failed and checked:
+        print(f"{len(failed)} of {len(cases)} studies are left out, for reasons given at the end")
+    start = time.monotonic()
+    for done, (case, out) in enumerate(checked, start=1):
+        try:
+            found = predict_study(
+                models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm
+            )
+        except CannotWrite:
+            raise
+        except UserError as e:
+            failed.append(str(e))
+            continue
+        except (MemoryError, RuntimeError) as e:
+            known = isinstance(e, MemoryError | torch.OutOfMemoryError)
+            if not known and "allocate memory" not in str(e):
+                raise
+            failed.append(f"{case.name}: the memory is full; use a smaller --batch")
+            continue
+        rows += found.rows
+        lesions += found.lesions
+        tiles.append(found.tile)
+        if found.problem:
+            print(f"not scored: {case.name}: {found.problem}")
+        words = [f"{r['target']} {r['pred_ml']:.1f} ml" for r in found.rows]
+        if a.root:
+            left = (time.monotonic() - start) / done * (len(checked) - done) / 60
+            words.append(f"{done} of {len(checked)}, {math.ceil(left)} min left")
+        print(f"{case.name} -> {out}: {', '.join(words)}", flush=True)
+        if a.root:  # each time, so a stopped run leaves its rows
+            write_table(rows, a.out / "metrics.csv")
+            write_table(lesions, a.out / "lesions.csv", LESION_COLUMNS)
+    if a.root and rows:
+        figures.overview(tiles, a.out / "overview.png")
+        if scored:
+            print_table(rows, models[0][1].targets)
+    if failed:
+        count = f"{len(failed)} of {len(cases)} studies have no prediction: "
+        raise UserError((count if len(cases) > 1 else "") + " | ".join(failed))
 
 
 def main(argv: list[str]) -> None:
     """Checkpoints and files -> masks. Raises UserError for what users can fix."""
     a = parse_arguments(argv)
-    models = [load_model(path, a.device) for path in a.checkpoint]
+    names = ("threshold", "flips", "overlap", "batch")
+    options = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
+    loaded = [load_model(path, a.device) for path in a.checkpoint]
+    models = [(model, dataclasses.replace(c, **options)) for model, c in loaded]
     c = models[0][1]
     for path, (_, d) in zip(a.checkpoint, models):
         if (d.preprocessing, d.targets) != (c.preprocessing, c.targets):
             problem = f"other preprocessing or targets than {a.checkpoint[0]}"
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
-    names = ("threshold", "flips", "overlap", "batch")
-    options = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
+    if len(models) > 1:
+        print("mean of", ", ".join(f"{d.model} fold {d.fold}" for _, d in models), flush=True)
     cases = find_cases(a, c.task)
-    rows, tiles, failed = [], [], []
-    for case, out in cases:
-        try:
-            found = predict_study(models, case, out, a.device, a.probabilities, options)
-        except CannotWrite:
-            raise
-        except torch.OutOfMemoryError:
-            advice = "use a smaller --batch, or --device cpu"
-            raise UserError(f"the GPU's memory is full: {advice}") from None
-        except UserError as e:
-            if len(cases) == 1:
-                raise
-            failed.append(str(e))
-            continue
-        rows += found.rows
-        tiles.append(found.tile)
-        volumes = ", ".join(f"{r['target']} {r['pred_ml']:.1f} ml" for r in found.rows)
-        print(f"{case.name} -> {out}: {volumes}", flush=True)
-        if a.root:
-            write_table(rows, a.out / "metrics.csv")  # each time, so a stopped run leaves its rows
-    if a.root and rows:
-        figures.overview(tiles, a.out / "overview.png")
-        if any(case.label for case, _ in cases):
-            print_table(rows, c.targets)
-    if failed:
-        count = f"{len(failed)} of {len(cases)} studies"
-        raise UserError(f"{count} have no prediction: " + " | ".join(failed))
+    outputs = [out for _, out in cases]
+    if a.probabilities:
+        outputs += [probability_path(out, target) for _, out in cases for target in c.targets]
+    if a.root:
+        outputs += [a.out / name for name in ("metrics.csv", "lesions.csv", "overview.png")]
+    inputs = [path for case, _ in cases for path in case.files()]
+    refuse_overwriting(outputs, [*inputs, *map(Path, a.checkpoint)])
+    predict_cases(models, cases, a)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from config import FIELDS, Config, parse_config
 from evaluate import write_table
 from files import Interrupts, UserError, clean_parts, run_program, source_version, writing
 from predict import evaluating, load_model, sliding_window
+from processes import available_cores
 
 # What all systems of a source have in common: data and budget. "demo" stands in for PET/CT if there
 # is no --root. The phantoms take two patches per step, as the runs in results/ did.
@@ -422,13 +423,6 @@ def time_left(times: list[float], waiting: int, running: list[Job], jobs: int) -
     """Estimate the seconds until all runs have ended, from the `times` of those that have."""
     pace = float(np.mean(times))
     return (pace * waiting + sum(max(pace - job.seconds, 0) for job in running)) / jobs
-
-
-def available_cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def last_line(path: Path) -> str:

@@ -44,6 +44,7 @@ import files
 import parallel
 import patches
 import phantom
+import processes
 from config import ALL_FOLDS, Config, as_argument, parse_config
 from files import Stopped, UserError, atomic_write, run_program, writing
 from parallel import say
@@ -62,13 +63,15 @@ def load_folds(c: Config) -> list[tuple[list[data.CachedCase], list[data.CachedC
         root = Path(c.root)
         if not root.is_dir():
             raise UserError(f"--root {root}: no such folder")
-    found = data.find_petct(root) if c.task == "petct" else data.find_brain(root)
+    found, line = data.find_cases(root, c.task, True, c.patient_regex, c.label_codes)
+    say(line)
     cases = data.build_cache(found, c.preprocessing, c.cache, c.workers if c.workers > 0 else None)
     if len(cases) == 1:
         say("only one study: the run trains and validates on it; the table says nothing of others")
         return [(cases, cases)]
-    if c.splits:
-        splits = data.read_splits(c.splits, cases)
+    own_splits = c.splits or data.find_splits(root)
+    if own_splits:
+        splits = data.read_splits(own_splits, cases)
     else:
         splits = data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
     if c.fold >= len(splits):
@@ -368,7 +371,7 @@ class Run:
             batch_sampler=(list(range(start, start + c.batch)) for start in starts),
             num_workers=parallel.loaders(c.workers, self.device, c.batch * math.prod(c.patch)),
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=files.follow_parent,
+            worker_init_fn=processes.follow_parent,
         )
 
     def train(self) -> None:
@@ -540,7 +543,7 @@ def prepare_folder(c: Config) -> None:
         raise UserError(f"{folder} holds one run, or one per fold, and the other is asked for")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with files.lock_folder(folder):
+    with processes.lock_folder(folder):
         files.clean_parts(folder, alone=True)
         written = "metrics.jsonl last.pt best.pt curves.png validation.png validation.csv"
         for name in (*written.split(), "config.json", "nonfinite.pt"):
@@ -552,7 +555,7 @@ def train_fold(c: Config, train: list, val: list, again: str) -> None:
     """Make one run, alone in its folder. again: the folder that a stopped one is resumed with."""
     folder = Path(c.out)
     first = parallel.rank() == 0
-    with files.lock_folder(folder) if first else contextlib.nullcontext():
+    with processes.lock_folder(folder) if first else contextlib.nullcontext():
         run = Run(c, train, val)
         run.again = again
         if c.resume:
@@ -571,7 +574,7 @@ def train_fold(c: Config, train: list, val: list, again: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Options -> a trained network in its run folder. Raises UserError for what users can fix."""
-    with files.clear_errors():
+    with processes.clear_errors():
         c = parse_config(argv, "Train a Mirror U-Net or a baseline on PET/CT or brain MR.")
         with torch.device("meta"):  # without memory: refuse what cannot be built before reading
             build_model(c)

@@ -32,7 +32,9 @@ CORE = {
     "kernels/recompute.py": "keep less for the backward pass",
 }
 SUPPORT = {
-    "files.py": "images read with care, atomic writes, clear errors",
+    "layouts.py": "folders of studies in any layout → cases",
+    "files.py": "clear errors, atomic writes, JSON and images read with care",
+    "processes.py": "locks, child processes, cores and memory",
     "parallel.py": "several processes that equal one with the joined batch",
     "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",
 }

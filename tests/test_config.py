@@ -64,7 +64,8 @@ def random_value(f, rng: random.Random):
     if is_tuple(f) and allowed["choices"]:
         return tuple(rng.sample(allowed["choices"], rng.randint(0, len(allowed["choices"]))))
     if is_tuple(f):
-        values = [random_one(kind, allowed, rng) for _ in range(allowed["count"])]
+        count = rng.randint(0, 4) if allowed["count"] is None else allowed["count"]
+        values = [random_one(kind, allowed, rng) for _ in range(count)]
         return tuple(sorted(values))  # the first of a window is the smaller one
     return random_one(kind, allowed, rng)
 
@@ -110,7 +111,9 @@ def wrong_values(f) -> list:
     if not is_tuple(f):
         return values
     right = list(random_value(f, random.Random(0)))
-    values += [5, "5", {1: 2}, range(3), right + right, [*right, *[NAN] * 24]]
+    values += [5, "5", {1: 2}, range(3), [*right, *[NAN] * 24]]
+    if f.metadata["count"] or f.metadata["choices"]:
+        values += [right + right]
     if f.metadata["count"]:
         values += [[], right[1:], right[::-1] if f.metadata["count"] == 2 else right[:1]]
         values += [[value, *right[1:]] for value in (*beyond(f), NAN, math.inf, "1", None, True)]
@@ -126,7 +129,8 @@ def test_a_field_is_described_and_its_default_allowed(f):
     if type_of(f) in (int, float) and not allowed["choices"] and allowed["count"] != 2:
         assert allowed["low"] < allowed["high"]
     if is_tuple(f):
-        assert allowed["count"] == len(f.default) or allowed["choices"]
+        any_length = allowed["count"] is None and not f.default
+        assert allowed["count"] == len(f.default) or allowed["choices"] or any_length
 
 
 @every_field
