@@ -49,7 +49,7 @@ def say(message: str) -> None:
 
 
 def loaders(workers: int, device: torch.device, voxels: int) -> int:
-    """Return how many loader processes a process gets of the `workers` that are asked for.
+    """Return how many of the `workers` that are asked for each process gets as loaders.
 
     -1: none on CPU, up to 8 on CUDA. The cores and the shared memory (/dev/shm) have to allow them;
     there, a loader puts two batches of `voxels`, each of two float32 channels and a uint8 label.

@@ -161,7 +161,7 @@ class PatchDataset(Dataset):
     patches from each. A patch is centered on a tumor voxel with probability `foreground_fraction`
     (2/3 is the paper's 2:1), else, and always in patients without tumor, on a voxel without tumor.
 
-    Item: a dict of "image" (2, D, H, W), float32; "label" (1, D, H, W), int64; "tumor", float32,
+    Item: a dict of "image" (2, D, H, W), float32; "label" (1, D, H, W), uint8; "tumor", float32,
     whether the patch holds any; "key", int64, the seed of its corruption.
     """
 
@@ -191,7 +191,7 @@ class PatchDataset(Dataset):
         image, label = read_patch(case, center, self.patch, draw_augmentation(rng, self.aug))
         return {
             "image": torch.from_numpy(image),
-            "label": torch.from_numpy(label)[None].long(),
+            "label": torch.from_numpy(label)[None],
             "tumor": torch.tensor(float((label > 0).any())),
             "key": torch.tensor(int(rng.integers(2**62))),
         }
@@ -214,4 +214,4 @@ def make_targets(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
     if task == "brain":
         targets = {"core": label == 2, "whole": label > 0, "edema": label == 1}
         return batch | {name: mask.long() for name, mask in targets.items()}
-    return batch | {"ct": image[:, 0:1], "pet": image[:, 1:2], "seg": label}
+    return batch | {"ct": image[:, 0:1], "pet": image[:, 1:2], "seg": label.long()}

@@ -25,7 +25,6 @@ import json
 import math
 import signal
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ class Run:
 
     # Options that a run cannot change when it is resumed.
     FIXED = "data fold model tasks skips share channels norm ct_weight optimizer".split()
-    FIXED += "spacing ct_window suv_window".split()
+    FIXED += "spacing ct_window suv_window label_values label_nonzero".split()
     # Numbers that a checkpoint holds.
     COUNTS = "step seen seconds best finished validated skipped".split()
 
@@ -207,7 +206,8 @@ class Run:
             if now:
                 raise self.not_finite(f"a weight is not finite after step {self.step}")
             return  # the next loss will not be finite
-        more = {"studies": self.studies} if name == "last.pt" else {}
+        # best.pt is given to others, and has no names of patients.
+        more = {"studies": self.studies if name == "last.pt" else files.digest(self.studies)}
         buffer = io.BytesIO()  # torch.save has its own errors for a full disk
         torch.save(self.state() | more, buffer)
         self.kept[name] = buffer.getvalue()
@@ -275,9 +275,12 @@ class Run:
         self.written = self.step
         self.patches.length = self.seen + self.batch_of_all * max(0, self.c.steps - self.step)
         self.validated = min(self.validated, int(self.progress() * self.c.validations))
-        if (self.validated or self.finished) and not zipfile.is_zipfile(self.folder / "best.pt"):
-            say(f"{self.folder / 'best.pt'}: missing or cut short; the next validation writes it")
-            self.best, self.finished = -1.0, False
+        if self.validated or self.finished:
+            try:
+                load_checkpoint(self.folder / "best.pt")
+            except UserError as e:
+                say(f"warning: {e}; the next validation writes it")
+                self.best, self.finished = -1.0, False
 
     def log(self, row: dict) -> None:
         """Append a line to metrics.jsonl."""
@@ -299,7 +302,6 @@ class Run:
         given, keys = batch, batch["key"]
         buffers = [t.clone() for t in self.model.buffers()] if c.skip_nonfinite else []
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        batch["label"] = batch["label"].long()  # travels as uint8
         batch = patches.make_targets(batch, c.task)
         x = patches.corrupt_ct(batch["image"], c.corrupt, keys, c.cube, c.cubes, c.sigma)
         if c.channels_last:
@@ -572,25 +574,6 @@ def train_fold(c: Config, train: list, val: list, again: str) -> None:
             run.train()
 
 
-def main(argv: list[str]) -> None:
-    """Options -> a trained network in its run folder. Raises UserError for what users can fix."""
-    with processes.clear_errors():
-        c = parse_config(argv, "Train a Mirror U-Net or a baseline on PET/CT or brain MR.")
-        with torch.device("meta"):  # without memory: refuse what cannot be built before reading
-            build_model(c)
-        parallel.start(c.device)
-        with parallel.first_alone():
-            sides = load_folds(c)
-        if parallel.rank() == 0:
-            prepare_folder(c)
-        c.out = parallel.share(c.out)
-        if c.fold == ALL_FOLDS:
-            train_all_folds(c, sides)
-        else:
-            train_fold(c, *sides[0], c.out)
-        parallel.stop()
-
-
 def train_all_folds(c: Config, sides: list) -> None:
     """A run per fold, one after the other, in OUT/fold0, OUT/fold1, ..."""
     if parallel.rank() == 0:
@@ -603,6 +586,25 @@ def train_all_folds(c: Config, sides: list) -> None:
             prepare_folder(one)
         train_fold(one, train, val, c.out)
     say(f"for their ensemble: python predict.py --checkpoint {c.out}/fold*/best.pt ...")
+
+
+@processes.clear_errors()
+def main(argv: list[str]) -> None:
+    """Options -> a trained network in its run folder. Raises UserError for what users can fix."""
+    c = parse_config(argv, "Train a Mirror U-Net or a baseline on PET/CT or brain MR.")
+    with torch.device("meta"):  # without memory: refuse what cannot be built before reading data
+        build_model(c)
+    parallel.start(c.device)
+    with parallel.first_alone():
+        sides = load_folds(c)
+    if parallel.rank() == 0:
+        prepare_folder(c)
+    c.out = parallel.share(c.out)
+    if c.fold == ALL_FOLDS:
+        train_all_folds(c, sides)
+    else:
+        train_fold(c, *sides[0], c.out)
+    parallel.stop()
 
 
 if __name__ == "__main__":
