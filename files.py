@@ -285,7 +285,9 @@ def _open_nifti(path: Path) -> Iterator[tuple[BinaryIO, Any, np.ndarray]]:
     except UserError:
         raise
     except FileNotFoundError as e:
-        raise UserError(f"{e.filename or path}: no such file") from None
+        if e.filename not in (None, str(path)):
+            raise UserError(f"{path}: its voxels are in {e.filename}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except MemoryError:
         raise UserError(f"{path}: does not fit into this machine's memory") from None
     except Exception as e:  # nibabel, zlib and gzip raise different errors for a broken file

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_data import refused
-from test_train import SMALL, log_of, losses, make_run
+from test_train import log_of, losses, make_run
 
 import data
 import files
@@ -33,6 +33,10 @@ from files import Stopped, UserError, run_program
 from train import Run, main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
+TINY = (
+    "--data petct --model v1 --folds 2 --spacing 20 20 20 --patch 32 32 32 --channels 1 1 2 2 2 "
+    "--batch 1 --overlap 0 --no-flips --steps 2 --validations 1"
+).split()
 
 
 @pytest.fixture
@@ -46,17 +50,21 @@ def no_pictures(monkeypatch):
 def filled(tmp_path_factory):
     """Four small studies and their cache."""
     folder = tmp_path_factory.mktemp("filled")
-    phantom.write_petct(folder / "petct", 4, spacing=(10.0, 10.0, 10.0))
+    phantom.write_petct(folder / "petct", 4, spacing=(20.0, 20.0, 20.0))
     return folder
 
 
 @pytest.fixture
 def run_args(filled, tmp_path):
-    """Options of a run of two steps with its own copy of studies and cache, in tmp_path."""
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    options = {"--data": "petct", "--root": tmp_path / "petct", "--cache": tmp_path / "cache"}
-    options |= {"--folds": 2, "--model": "v1", "--steps": 2, "--out": tmp_path / "run"}
-    return [str(word) for option in options.items() for word in option] + SMALL
+    """Options of a run of two steps with its own copy of the studies, in tmp_path."""
+    shutil.copytree(filled / "petct", tmp_path / "petct")
+    return [*TINY, *places(tmp_path)]
+
+
+def places(folder: Path) -> list[str]:
+    """The options that name studies, cache and run in a folder."""
+    options = {"--root": folder / "petct", "--cache": folder / "cache", "--out": folder / "run"}
+    return [str(word) for option in options.items() for word in option]
 
 
 def code(program: str, **values) -> subprocess.Popen:
@@ -80,6 +88,22 @@ def hidden_in(folder: Path) -> list[Path]:
 
 
 # -------------------------------------------------------------------- a resumed run is the same run
+@pytest.fixture(scope="module")
+def finished(filled):
+    """The folder of a run that has ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "report", lambda *_: None)
+        main([*TINY, *places(filled)])
+    return filled / "run"
+
+
+@pytest.fixture
+def resume_args(finished, run_args, tmp_path):
+    """Options that resume a copy of that run, with other copies of the studies, for a step."""
+    shutil.copytree(finished, tmp_path / "run")
+    return ["--resume", *places(tmp_path), "--steps", "3"]
+
+
 def add_study(root: Path) -> None:
     shutil.copytree(root / "PETCT_0001", root / "PETCT_0000" / "again")
     file = next((root / "PETCT_0000" / "again").rglob("SUV.nii.gz"))
@@ -94,7 +118,9 @@ def change_file(path: Path) -> None:
 
 CHANGES = {
     "a study is added": (add_study, [], "1 added"),
-    "a study is removed": (lambda root: shutil.rmtree(root / "PETCT_0003"), [], "1 removed"),
+    "studies are removed": (
+        lambda root: shutil.rmtree(max(root.iterdir())), [], "removed .PETCT_0002__visit",
+    ),
     "a file has changed": (
         lambda root: change_file(next(root.rglob("SUV.nii.gz"))), [], "1 with changed files",
     ),
@@ -106,43 +132,38 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kept", ["last.pt", "best.pt"])
-def test_a_run_is_not_resumed_with_other_studies(run_args, tmp_path, change, kept):
+def test_a_run_is_not_resumed_with_other_studies(resume_args, tmp_path, change, kept):
     act, options, message = CHANGES[change]
-    main(run_args)
     if kept == "best.pt":
         (tmp_path / "run" / "last.pt").unlink()
         message = message if message.startswith("of a run") else "other studies than the run had"
     act(tmp_path / "petct")
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError, match=message) as e:
-        main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3", *options])
+        main([*resume_args, *options])
     assert str(tmp_path / "run") in str(e.value) and "--out" in str(e.value)
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
-def test_other_studies_are_accepted_on_demand_and_noted(run_args, tmp_path, capsys):
-    main(run_args)
+def test_other_studies_are_accepted_on_demand_and_noted(resume_args, tmp_path, capsys):
     add_study(tmp_path / "petct")
-    main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3", "--accept-changes"])
+    main([*resume_args, "--accept-changes"])
     assert "scores may be too good" in capsys.readouterr().out
     assert [row["step"] for row in log_of(tmp_path / "run") if "changes" in row] == [2]
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert len(state["studies"]["train"]) + len(state["studies"]["val"]) == 5
 
 
-def test_a_touched_file_and_a_new_cache_are_no_change(run_args, tmp_path):
-    main(run_args)
+def test_studies_in_another_place_of_another_date_are_no_change(resume_args, tmp_path):
     for path in (tmp_path / "petct").rglob("*.nii.gz"):
         os.utime(path)
-    shutil.rmtree(tmp_path / "cache")
-    main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])
+    main(resume_args)
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_a_checkpoint_for_others_does_not_name_patients(run_args, tmp_path):
-    main(run_args)
-    assert b"PETCT_0000" in (tmp_path / "run" / "last.pt").read_bytes()
-    assert b"PETCT_0000" not in (tmp_path / "run" / "best.pt").read_bytes()
+def test_a_checkpoint_for_others_does_not_name_patients(finished):
+    assert b"PETCT_0000" in (finished / "last.pt").read_bytes()
+    assert b"PETCT_0000" not in (finished / "best.pt").read_bytes()
 
 
 # ----------------------------------------------------------------------------- one run, one process
@@ -201,7 +222,7 @@ def test_the_last_finite_state_is_kept_and_a_smaller_rate_continues(run_args, tm
         state = torch.load(folder / "last.pt", weights_only=True)
         assert all(t.isfinite().all() for t in state["net"].values())
     batch = torch.load(folder / "nonfinite.pt", weights_only=True)["batches"][0]
-    assert batch["image"].shape == (2, 2, 32, 32, 32) and batch["label"].dtype == torch.uint8
+    assert batch["image"].shape == (1, 2, 32, 32, 32) and batch["label"].dtype == torch.uint8
     main(["--resume", "--out", str(folder), "--lr", "1e-3", "--steps", "6"])
     assert [row["step"] for row in log_of(folder) if "loss" in row] == list(range(1, 7))
 
@@ -295,10 +316,10 @@ REFUSED = {
 def halfway(filled, tmp_path_factory):
     """A run after two of four steps, and its losses when it was resumed."""
     folder = tmp_path_factory.mktemp("halfway")
-    args = f"--data petct --root {filled / 'petct'} --cache {filled / 'cache'} --folds 2 --model v1"
+    args = [*TINY, *places(filled), "--steps", "4", "--validations", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "report", lambda *_: None)
-        run = make_run([*args.split(), *SMALL, "--steps", "4", "--out", str(folder / "run")])
+        run = make_run([*args, "--out", str(folder / "run")])
         files.write_file(folder / "run" / "config.json", json.dumps(run.c.to_dict()))
         patch.setattr(Run, "progress", lambda self: self.step / 2)
         run.train()
@@ -470,8 +491,13 @@ def test_a_signal_while_the_cache_is_built(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number,expected", SIGNALS)
-@pytest.mark.parametrize("when", ["step", "validation", "last validation"])
+@pytest.mark.parametrize(
+    "number,expected,when",
+    [
+        (signal.SIGINT, 130, "step"), (signal.SIGTERM, 143, "validation"),
+        (signal.SIGINT, 130, "last validation"),
+    ],
+)  # fmt: skip
 def test_a_signal_during_a_run(run_args, tmp_path, number, expected, when, monkeypatch, capsys):
     method = "train_step" if when == "step" else "predict"
     original = getattr(Run, method)
@@ -481,7 +507,7 @@ def test_a_signal_during_a_run(run_args, tmp_path, number, expected, when, monke
             os.kill(os.getpid(), number)
         return original(self, *args)
 
-    args = [*run_args, "--steps", "4"]
+    args = [*run_args, "--steps", "4", "--validations", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, method, signalled)
         status, lines = exit_code_of(lambda: main(args), monkeypatch, capsys)
