@@ -20,7 +20,6 @@ A study is a pure function of (seed, index, spacing). Array axes point left, ant
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -540,15 +539,14 @@ def _store(paths: list[Path], make, index: int, seed: int, spacing) -> None:
 
 
 def _is_made(path: Path, text: str) -> bool:
-    """Whether a file is there and not cut short. UserError if its header says other than `text`."""
+    """Whether a file is there and undamaged. UserError if its header says other than `text`."""
     try:
         with gzip.open(path) as f:
             header = nib.Nifti1Header.from_fileobj(f)
-        found = header["descrip"].item().decode()
+            found = header["descrip"].item().decode()
+            f.read()  # to the end, where gzip compares checksums
+            size = f.tell()
         voxels = int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
-        with open(path, "rb") as f:
-            f.seek(-4, os.SEEK_END)  # gzip ends with the size of the content
-            size = int.from_bytes(f.read(), "little")
     except PermissionError:
         raise
     except Exception:  # nibabel, zlib and gzip raise different errors for a broken file
