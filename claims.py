@@ -8,6 +8,7 @@ predicted: a hard case is hard for both, and its difficulty cancels out.
 """
 
 import csv
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -177,8 +178,32 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a csv file, values as text; [] if there is no such file."""
     if not path.exists():
         return []
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8-sig") as f:
         return list(csv.DictReader(f))
+
+
+def read_results(path: Path) -> list[dict]:
+    """`read_rows` of a SOURCE.csv. Raises UserError unless it is one that replicate.py wrote."""
+    texts = "study preset system case target commit options run".split()
+    counts = "fold folds seed steps".split()
+    values = [name for name in MEASURES if "negative" not in name] + ["tumor_score", "seconds"]
+    line = 1
+    try:
+        rows = read_rows(path)
+        for row in rows:
+            line += 1
+            if None in (*row, *row.values(), *map(row.get, texts)):
+                raise ValueError("more or fewer cells than columns")
+            if not re.fullmatch(r"[\w-]+", row["study"]):  # part of a file's name
+                raise ValueError(f"study {row['study']!r:.40}")
+            numbers = [int(row[name]) for name in counts]
+            numbers += [float(row.get(name) or 0) for name in values]
+            if min(numbers[:4]) < 0 or not np.isfinite(np.array(numbers, float)).all():
+                raise ValueError(f"a number out of range: {numbers!s:.80}")
+    except (OSError, KeyError, ValueError, OverflowError, csv.Error) as e:
+        problem = f"line {line} is not as replicate.py writes it ({e!r:.120})"
+        raise UserError(f"{path}: {problem}; put back the original, or delete it") from None
+    return rows
 
 
 def values_of(rows: list[dict], system: str, measure: str, target: str = "seg") -> dict:
@@ -321,7 +346,7 @@ def report(results: Path, source: str) -> Path | None:
     The study with the most runs comes first.
     """
     studies: dict[str, list[dict]] = {}
-    for row in read_rows(results / f"{source}.csv"):
+    for row in read_results(results / f"{source}.csv"):
         studies.setdefault(row["study"], []).append(row)
     if not studies:
         return None

@@ -21,7 +21,7 @@ from torch import nn
 import baselines
 import kernels
 from data import Preprocessing
-from files import UserError
+from files import UserError, writing
 from mirror_unet import TASKS, MirrorUNet
 from patches import Augmentation
 
@@ -444,6 +444,8 @@ def parse_config(argv: list[str], description: str = "") -> Config:
     given = vars(build_parser(description).parse_args(argv))
     preset = given.pop("preset") or given.get("data", "phantom").removeprefix("phantom-")
     path = Path(given.get("out", "")) / "config.json"
+    with writing(path):  # a name that is too long, a folder that may not be read
+        path.exists()
     for name, value in given.items():
         try:
             given[name] = check_value(FIELDS[name], value)

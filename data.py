@@ -106,18 +106,23 @@ def _load_petct(case: Case, preprocessing: Preprocessing) -> tuple:
     suv = read_nifti(case.images[1])
     _refuse_becquerel(suv, case.images[1])
     pet = preprocessing.resample(suv)
-    channels = [_window(pet, *preprocessing.suv_window)]
+    like = read_header(case.images[1])
+    del suv  # memory: a whole body takes 0.6 GB
+    data = np.empty((2 if case.images[0] else 1, *pet.shape), np.float32)
+    _window(pet, *preprocessing.suv_window, out=data[-1])
+    grid = (pet.shape, pet.affine)
+    del pet
     if case.images[0]:
         ct = read_nifti(case.images[0], air=-1000.0)
-        if on_one_grid(ct, suv):  # equal but for rounding: resample alike
-            ct = preprocessing.resample(nib.Nifti1Image(ct.dataobj, suv.affine))
+        if on_one_grid(ct, like):  # equal but for rounding: resample alike
+            ct = preprocessing.resample(nib.Nifti1Image(ct.dataobj, like.affine))
         else:
-            share = overlap(suv, ct, case.images[1], case.images[0])
+            share = overlap(like, ct, case.images[1], case.images[0])
             line = f"resampled to the PET's grid, of which it covers {share:.0%}"
             note(f"{case.images[0]}: {line}", kind="CT")
-            ct = resample_from_to(ct, (pet.shape, pet.affine), order=1, cval=-1000.0)
-        channels.insert(0, _window(ct, *preprocessing.ct_window))
-    return np.stack(channels), channels[-1] > 0, pet.affine
+            ct = resample_from_to(ct, grid, order=1, cval=-1000.0)
+        _window(ct, *preprocessing.ct_window, out=data[0])
+    return data, data[-1] > 0, grid[1]
 
 
 def _refuse_becquerel(suv: nib.Nifti1Image, path: Path | None) -> None:
@@ -147,9 +152,10 @@ def _load_brain(case: Case, preprocessing: Preprocessing) -> tuple:
     return data, (data != 0).any(0), pair[0].affine
 
 
-def _window(image: nib.Nifti1Image, low: float, high: float) -> np.ndarray:
-    """Map the intensities low..high to 0..1 and clip."""
-    return np.clip((image.get_fdata(dtype=np.float32) - low) / (high - low), 0, 1)
+def _window(image: nib.Nifti1Image, low: float, high: float, out: np.ndarray) -> None:
+    """Map the intensities low..high to 0..1 and clip, into `out`."""
+    np.subtract(image.get_fdata(dtype=np.float32), low, out=out)
+    np.clip(np.divide(out, high - low, out=out), 0, 1, out=out)
 
 
 def _z_score(data: np.ndarray) -> np.ndarray:
@@ -176,23 +182,32 @@ def read_label(case: Case) -> nib.Nifti1Image:
         advice = 'name them in dataset.json ("labels")'
         if "tumor" in roles.values():
             advice = "say which are tumor with --label-values, or all but 0: --label-nonzero"
-        problem = f"expected labels {[0, *roles]}, found {[0, *codes]!s:.80}"
+        problem = f"expected labels {[*({0: ''} | roles)]}, found {[0, *codes]!s:.80}"
         raise UserError(f"{case.label}: {problem}; {advice}")
     labels = np.zeros(data.shape, np.uint8)
     for code, role in roles.items():
         labels[data != 0 if code is None else data == code] = ROLES[role]
     like = read_header(case.images[-1])
-    ct = case.images[0] if "tumor" in roles.values() else None
-    if not on_one_grid(image, like) and (
-        case.own_grid or (ct and on_one_grid(image, read_header(ct)))
-    ):
-        overlap(image, like, case.label, case.images[-1])
+    if not check_grid(case, image, like):
         note(f"{case.label}: resampled to the PET's grid", kind="truth")
         image = nib.Nifti1Image(labels.astype(np.float32), image.affine)
-        image = resample_from_to(image, (like.shape, like.affine), order=1)
+        image = resample_from_to(image, (like.shape[:3], like.affine), order=1)
         labels = (np.asarray(image.dataobj) >= 0.5).astype(np.uint8)
-    same_grid(image, like, case.label, case.images[-1])
     return nib.Nifti1Image(labels, like.affine)
+
+
+def check_grid(case: Case, truth: nib.Nifti1Image, like: nib.Nifti1Image) -> bool:
+    """Whether a study's truth is on the grid of its last image, `like`.
+
+    If not, it may be that of a CT with its own grid. Raises UserError for any other.
+    """
+    if on_one_grid(truth, like):
+        return True
+    ct = None if case.channels else case.images[0]
+    if not (case.own_grid or (ct and on_one_grid(truth, read_header(ct)))):
+        same_grid(truth, like, case.label, case.images[-1])
+    overlap(truth, like, case.label, case.images[-1])
+    return False
 
 
 def label_to_grid(truth: nib.Nifti1Image, preprocessing: Preprocessing, box: tuple) -> np.ndarray:

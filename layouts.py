@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import UserError, printable, read_json, read_nifti
+from files import UserError, note, printable, read_json, read_nifti
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,15 @@ def find_cases(
     if roles and task == "brain":
         raise UserError("--label-values, --label-nonzero: only for PET/CT, which has one label")
     if not roles and layout in ("nnU-Net", "MSD"):
-        roles = _roles(read_dataset_json(root), task)
-        if task == "brain" and not roles:
-            roles = _roles_by_codes(cases)
+        try:
+            roles = _roles(read_dataset_json(root), task)
+            if task == "brain" and not roles:
+                roles = _roles_by_codes(cases)
+        except UserError as e:
+            if complete:
+                raise
+            note(f"without scores, which need the meaning of labels: {e}")
+            roles = ((0, "none"),)
     named: dict[str, Case] = {}
     for case in cases:
         name = safe_name(case.name)

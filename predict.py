@@ -36,17 +36,19 @@ from tqdm import tqdm
 
 import figures
 from config import FIELDS, Config, Parser, check_value, use_kernels
-from data import Case, find_brain, find_petct, load_images
+from data import check_grid, load_images
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth, write_table
 from files import (
     CannotWrite,
     UserError,
     atomic_write,
+    overlap,
     read_header,
     read_nifti,
     run_program,
     same_grid,
 )
+from layouts import Case, find_cases, safe_name, stem
 from metrics import remove_small
 from mirror_unet import BrainOutput
 
@@ -317,11 +319,12 @@ def check_study(case: Case, models: list[tuple]) -> tuple[Case, str]:
         raise UserError(f"{problem}; v1, v2, v3 and pet segment from PET alone")
     others = others if need_ct else [None] * len(others)
     for path in filter(None, others):
-        same_grid(read_header(path), like, path, last)
+        check = same_grid if models[0][1].task == "brain" else overlap  # a CT is resampled
+        check(read_header(path), like, path, last)
     problem = ""
     try:
         if case.label:
-            same_grid(read_header(case.label), like, case.label, last)
+            check_grid(case, read_header(case.label), like)
     except UserError as e:
         problem = str(e)
     return dataclasses.replace(case, images=(*others, last)), problem
@@ -396,36 +399,41 @@ def predict_ensemble(models: list[tuple], x: Tensor, title: str) -> tuple[np.nda
         )
         prob = one.div_(len(models)).add_(prob)
         scores += [] if score is None else [score]
-    if not prob.sum().isfinite():
+    if not (prob.sum().isfinite() and np.isfinite(scores).all()):
         raise UserError(f"{title}: the network's probabilities are NaN; take another checkpoint")
     return prob.cpu().numpy(), float(np.mean(scores)) if scores else math.nan
 
 
 def probability_path(mask: Path, target: str) -> Path:
     """Where the map of a target is written: next to the mask."""
-    stem, _, ending = mask.name.rpartition(".nii")
-    return mask.with_name(f"{stem}_{target}_probability.nii{ending}")
+    name, _, ending = mask.name.rpartition(".nii")
+    return mask.with_name(f"{name}_{target}_probability.nii{ending}")
 
 
 # -------------------------------------------------------------------------------------- the program
+OPTIONS = "threshold flips overlap batch label_values label_nonzero".split()  # the run's, if absent
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError for what does not go together."""
     parser = Parser(description="From a trained network to a mask on the input's own grid.")
     add = parser.add_argument
     add("--checkpoint", nargs="+", required=True, help="best.pt of a run; several: an ensemble")
     add("--pet", type=Path, help="SUV.nii.gz")
-    add("--ct", type=Path, help="CTres.nii.gz on the PET's grid; v1, v2, v3 and pet need none")
+    add("--ct", type=Path, help="CTres.nii.gz; v1, v2, v3 and pet need none")
     add("--image", type=Path, help="brain: one file of four channels, FLAIR, T1w, T1gd, T2w")
     add("--t2w", type=Path, help="brain: T2w in a separate file, with --flair")
     add("--flair", type=Path, help="brain: FLAIR in a separate file, on T2w's grid")
-    add("--root", type=Path, help="a folder of studies in the layout of the training data")
+    add("--root", type=Path, help="a folder of studies in a layout of docs/data.md")
     add("--out", type=Path, required=True, help="the mask, .nii.gz or .nii; with --root a folder")
     add("--probabilities", action="store_true", help="also write OUT_TARGET_probability.nii.gz")
     add("--threshold", type=float, help="probability from which a voxel is tumor (the run's)")
-    flips = argparse.BooleanOptionalAction
-    add("--flips", action=flips, help="average over mirror images (the run's)")
+    yes_no = argparse.BooleanOptionalAction
+    add("--flips", action=yes_no, help="average over mirror images (the run's)")
     add("--overlap", type=float, help="overlap of windows, 0 to 0.9 (the run's)")
     add("--batch", type=int, help="windows at a time (the run's)")
+    add("--label-values", type=int, nargs="+", help="of a truth that are tumor (the run's)")
+    add("--label-nonzero", action=yes_no, help="all of a truth but 0 is tumor (the run's)")
     add("--min-lesion-ml", type=float, default=0.0, help="leave out smaller lesions (0)")
     add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -434,12 +442,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     a = parser.parse_args(argv)
     use_kernels(a.kernels)
     check_files(a)
-    for name in ("threshold", "overlap", "batch"):
+    for name in OPTIONS:
         if getattr(a, name) is not None:
             try:
-                check_value(FIELDS[name], getattr(a, name))
+                setattr(a, name, check_value(FIELDS[name], getattr(a, name)))
             except ValueError as e:
-                raise UserError(f"--{name} {e}") from None
+                raise UserError(f"--{name.replace('_', '-')} {e}") from None
     for name in ("min_lesion_ml", "tolerance_mm"):
         if not 0 <= getattr(a, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: give 0 or more")
@@ -466,21 +474,23 @@ def check_files(a: argparse.Namespace) -> None:
         raise UserError(f"--out {a.out}: a folder; name a file")
 
 
-def find_cases(a: argparse.Namespace, task: str) -> list[tuple[Case, Path]]:
+def list_studies(a: argparse.Namespace, c: Config) -> list[tuple[Case, Path]]:
     """The studies to predict, and the mask to write of each. Raises UserError."""
     if a.root:
-        cases = find_brain(a.root) if task == "brain" else find_petct(a.root, complete=False)
+        cases, line = find_cases(a.root, c.task, complete=False, label_values=c.label_codes)
+        print(line, flush=True)
         return [(case, a.out / f"{case.name}.nii.gz") for case in cases]
-    if bool(a.pet) != (task == "petct"):
-        fit = "--pet" if task == "petct" else "--image, or --t2w and --flair,"
-        raise UserError(f"this checkpoint is of {task}: give {fit} or --root")
+    if bool(a.pet) != (c.task == "petct"):
+        fit = "--pet" if c.task == "petct" else "--image, or --t2w and --flair,"
+        raise UserError(f"this checkpoint is of {c.task}: give {fit} or --root")
     if a.image:
         images, channels = (a.image,), (3, 0)
     else:
         images, channels = (a.t2w, a.flair) if a.flair else (a.ct, a.pet), ()
-    name = images[-1].name.split(".nii")[0]
-    if name.lower() in ("suv", "pet", "image", "flair"):  # every study's
-        name = Path(os.path.abspath(images[-1])).parent.name
+    last = images[-1]
+    match = re.fullmatch("(?:(.*?)[-_]+)?(?:suv|pet|pt|image|flair|t2f|0001)", stem(last), re.I)
+    name = match[1] if match else stem(last)  # CASE_0001.nii.gz; SUV.nii.gz: that of its folder
+    name = safe_name(name or Path(os.path.abspath(last)).parent.name)
     return [(Case(name, "", images, None, channels), a.out)]
 
 
@@ -495,8 +505,10 @@ def refuse_overwriting(outputs: list[Path], inputs: list[Path]) -> None:
     taken = {identity(path) for path in inputs} - {None}
     seen = set()
     for path in outputs:
+        problem = "a folder" if os.path.isdir(path) else ""
         if identity(path) in taken:
             problem = "an input, which is never overwritten"
+        if problem:
             raise UserError(f"--out: {path} is {problem}; choose another name")
         if path in seen:
             raise UserError(f"--out: two outputs would be {path}; rename one of the studies")
@@ -565,8 +577,9 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
 def main(argv: list[str]) -> None:
     """Checkpoints and files -> masks. Raises UserError for what users can fix."""
     a = parse_arguments(argv)
-    names = ("threshold", "flips", "overlap", "batch")
-    options = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
+    options = {k: getattr(a, k) for k in OPTIONS if getattr(a, k) is not None}
+    if a.label_values:
+        options.setdefault("label_nonzero", False)
     loaded = [load_model(path, a.device) for path in a.checkpoint]
     models = [(model, dataclasses.replace(c, **options)) for model, c in loaded]
     c = models[0][1]
@@ -576,7 +589,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
     if len(models) > 1:
         print("mean of", ", ".join(f"{d.model} fold {d.fold}" for _, d in models), flush=True)
-    cases = find_cases(a, c.task)
+    cases = list_studies(a, c)
     outputs = [out for _, out in cases]
     if a.probabilities:
         outputs += [probability_path(out, target) for _, out in cases for target in c.targets]

@@ -38,8 +38,8 @@ import torch
 
 import claims
 import patches
-from claims import Experiment, experiments_for, read_rows
-from config import FIELDS, Config, parse_config
+from claims import Experiment, experiments_for, read_results, read_rows
+from config import ALL_FOLDS, FIELDS, Config, parse_config
 from evaluate import write_table
 from files import Interrupts, UserError, clean_parts, run_program, source_version, writing
 from predict import evaluating, load_model, sliding_window
@@ -188,12 +188,7 @@ def source_of(data: str, a: argparse.Namespace) -> tuple[str, list[str]]:
 
 def find_folds(c: Config) -> list[list[list[str]]]:
     """[[training, held-out], ...]: the names of the studies, per fold."""
-    first = train.load_cases(dataclasses.replace(c, fold=0))
-    if c.splits:
-        n = len(json.loads(Path(c.splits).read_text()))
-    else:
-        n = min(c.folds, len({case.patient for side in first for case in side}))
-    folds = [first, *[train.load_cases(dataclasses.replace(c, fold=k)) for k in range(1, n)]]
+    folds = train.load_folds(dataclasses.replace(c, fold=ALL_FOLDS))
     return [[sorted(case.name for case in side) for side in fold] for fold in folds]
 
 
@@ -335,7 +330,7 @@ def record(run: Run, path: Path, lock: Path) -> list[dict]:
     """
     mine = result_rows(run)
     with locked(lock):
-        rows = [r for r in read_rows(path) if r["run"] != run.key] + mine
+        rows = [r for r in read_results(path) if r["run"] != run.key] + mine
         rows.sort(key=sort_key)
         columns = dict.fromkeys(name for r in rows for name in r)  # an older file may lack some
         write_table([{name: r.get(name, "") for name in columns} for r in rows], path)
@@ -452,12 +447,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--claims", type=int, nargs="+", default=[], help="numbers of claims; --list shows them")
     add("--only", nargs="+", default=[], metavar="NAME", help="only these of their systems")
     add("--root", default="",
-        help="PET/CT studies in AutoPET's layout; without it the laptop preset takes the phantom")
+        help="PET/CT studies (docs/data.md); without it the laptop preset takes the phantom")
     add("--splits", default="",
-        help="folds of --root in nnU-Net's format; default: made by patient")
+        help="folds of --root in nnU-Net's format; default: splits_final.json there, or by patient")
     add("--brain-root", default="",
-        help="brain studies in MSD Task01's layout; without it the laptop preset takes the brain "
-        "phantom")
+        help="brain studies (docs/data.md); without it the laptop preset takes the brain phantom")
     add("--folds", type=int, nargs="+",
         help="default: all; only the first of the phantom that stands in for --root")
     add("--seeds", type=int, nargs="+", default=[0])
@@ -492,7 +486,7 @@ def show_list() -> None:
 def make_runs(a: argparse.Namespace, runs: list[Run]) -> list[str]:
     """Make those runs that results do not hold yet. Return a line for each that failed."""
     sources = {run.source for run in runs}
-    done = {r["run"] for source in sources for r in read_rows(a.results / f"{source}.csv")}
+    done = {r["run"] for source in sources for r in read_results(a.results / f"{source}.csv")}
     todo = [run for run in runs if run.key not in done]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them in {a.results} already")
     if not todo:

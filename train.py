@@ -45,7 +45,7 @@ import patches
 import phantom
 import processes
 from config import ALL_FOLDS, Config, as_argument, parse_config
-from files import Stopped, UserError, atomic_write, run_program, writing
+from files import Stopped, UserError, atomic_write, note, run_program, writing
 from parallel import say
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
@@ -60,17 +60,15 @@ def load_folds(c: Config) -> list[tuple[list[data.CachedCase], list[data.CachedC
         write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: no resampling
     else:
         root = Path(c.root)
-        if not root.is_dir():
-            raise UserError(f"--root {root}: no such folder")
     found, line = data.find_cases(root, c.task, True, c.patient_regex, c.label_codes)
-    say(line)
     cases = data.build_cache(found, c.preprocessing, c.cache, c.workers if c.workers > 0 else None)
+    if parallel.rank() == 0:
+        note(f"{line}, {sum(not k.tumor for k in cases):,} without tumor")
     if len(cases) == 1:
         say("only one study: the run trains and validates on it; the table says nothing of others")
         return [(cases, cases)]
-    own_splits = c.splits or data.find_splits(root)
-    if own_splits:
-        splits = data.read_splits(own_splits, cases)
+    if own_folds := c.splits or data.find_splits(root):
+        splits = data.read_splits(own_folds, cases)
     else:
         splits = data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
     if c.fold >= len(splits):

@@ -35,7 +35,8 @@ from mirrorunet.data import Case
 
 nib.save(nib.Nifti1Image(np.ones((20, 20, 20), np.float32), np.diag([4.0, 4, 4, 1])), "pet.nii.gz")
 case = Case("P", "P", (None, Path("pet.nii.gz")), None)
-predict_study([(model, config)], case, Path("mask.nii.gz"))
+found = predict_study([(model, config)], case, Path("mask.nii.gz"))
+assert found.rows[0]["lesions"] == len(found.lesions) and found.rows[0]["pred_ml"] >= 0
 assert nib.load("mask.nii.gz").shape == (20, 20, 20)
 assert kernels.dice_ce.__module__ == "mirrorunet.kernels"
 print("bare names:", sorted(set(sys.modules) & set(sys.argv[1:])))
