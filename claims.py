@@ -184,7 +184,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_results(path: Path) -> list[dict]:
     """`read_rows` of a SOURCE.csv. Raises UserError unless it is one that replicate.py wrote."""
-    texts = "study preset system case target commit options run".split()
+    texts = "study preset system case target commit options run dice fpv_ml fnv_ml".split()
     counts = "fold folds seed steps".split()
     values = [name for name in MEASURES if "negative" not in name] + ["tumor_score", "seconds"]
     line = 1

@@ -333,7 +333,7 @@ def _shape(header) -> tuple[int, ...]:
 
 
 def _check_size(header, path: Path) -> None:
-    """Raise UserError for voxels that are not numbers, and for sizes that no scan has."""
+    """Raise UserError for voxels that are not clear numbers, and for sizes that no scan has."""
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         kind = "complex numbers" if dtype.kind == "c" else "colors"
@@ -345,6 +345,10 @@ def _check_size(header, path: Path) -> None:
     if np.prod(np.array(shape, float)) > MOST_VOXELS:
         limit = f"no scan has more than {MOST_VOXELS:,}"
         raise UserError(f"{path}: its header claims {sides} voxels; {limit}; export it again")
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if not (slope and np.isfinite(slope)) and np.isfinite(inter) and inter:
+        problem = f"its header has an offset ({inter:g}) without a factor (scl_slope {slope:g})"
+        raise UserError(f"{path}: {problem}, which programs read differently; export it again")
     first = header.template_dtype.itemsize + 4 if header.is_single else 0
     if not first <= float(header["vox_offset"]) <= MOST_EXTENSIONS:
         raise UserError(f"{path}: its header names no place for the voxels; export it again")

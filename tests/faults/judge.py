@@ -21,7 +21,8 @@ import inputs
 from files import UserError
 
 OUTCOMES = ("used rightly", "refused", "crashed", "hung", "over memory", "lost")
-SECONDS = 10  # an input of a few kilobytes takes no longer, also on a busy machine
+SECONDS = 5  # of a core: an input of a few kilobytes takes no longer
+WAIT = 120  # seconds in which a process that does nothing is taken to hang, also if others are busy
 BYTES = 2**28  # nor does it take more memory than this
 
 
@@ -53,8 +54,8 @@ def judge(kind: str, content: bytes, folder: Path) -> tuple[str, str]:
     path.write_bytes(content)
     said = io.StringIO()
     before = _peak()
-    signal.signal(signal.SIGALRM, _hung)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, _hung)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             inputs.KINDS[kind].use(path)
@@ -80,7 +81,7 @@ def judge(kind: str, content: bytes, folder: Path) -> tuple[str, str]:
         name = f"{Path(where.filename).name}:{where.lineno}"
         outcome, detail = "crashed", f"{type(e).__name__} at {name}: {e!s:.200}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     if _peak() - before > BYTES:
         outcome, detail = "over memory", f"{(_peak() - before) >> 20} MiB"
     return outcome, detail
@@ -105,7 +106,7 @@ def judge_all(jobs: list[tuple[str, int, tuple[int, ...]]]) -> Iterator[Result]:
         os.close(write)
         rest, hung = b"", False
         while True:
-            if not select.select([read], [], [], 3 * SECONDS)[0]:  # in C, where no alarm is heard
+            if not select.select([read], [], [], WAIT)[0]:  # it waits, or is in C: no alarm is heard
                 os.kill(child, signal.SIGKILL)
                 hung = True
                 break
@@ -125,6 +126,7 @@ def judge_all(jobs: list[tuple[str, int, tuple[int, ...]]]) -> Iterator[Result]:
 
 def _child(jobs: list, write: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="faults"))
+    code = 1
     try:
         os.chdir(folder)
         size = 2**30 + int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -132,9 +134,12 @@ def _child(jobs: list, write: int) -> None:
         for job in jobs:
             result = judge(job[0], content_of(*job), folder)
             os.write(write, json.dumps(result).encode() + b"\n")
+        code = 0
+    except BaseException:  # of the harness, not of what it calls
+        traceback.print_exc()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)
+        os._exit(code)
 
 
 def plan(count: int, seed: int) -> list[tuple[str, int, tuple[int, ...]]]:
