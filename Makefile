@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: install help train test test-all bench tutorials lint figure clean
+.PHONY: install help train test test-all faults bench tutorials lint figure clean
 
 install: $(VENV)/.installed ## set up .venv
 
@@ -30,6 +30,10 @@ test: install ## run the tests; ARGS: options of pytest
 
 test-all: install ## run all tests, also those that train for minutes
 	$(PY) -m pytest -q -m "slow or not slow" $(ARGS)
+
+# Kills, faults and mutated inputs: 20 minutes on two cores; ARGS=--short: two; ARGS="--seed N"
+faults: install ## try to lose a run or to get wrong data in; ARGS: options of tests/faults/run.py
+	$(PY) tests/faults/run.py $(ARGS)
 
 # Bytes and launches of the kernels, their registers on four GPUs, times of the kernels and of a
 # prediction, sizes of the systems. MONAI and nnU-Net take part after `pip install ".[bench]"`.

@@ -186,7 +186,8 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_results(path: Path) -> list[dict]:
     """`read_rows` of a SOURCE.csv. Raises UserError unless it is one that replicate.py wrote."""
-    texts = "study preset system case target commit options run has_tumor".split()
+    texts = "study preset system case target commit options run".split()
+    texts += "dice fpv_ml fnv_ml has_tumor".split()
     counts = "fold folds seed steps".split()
     values = "dice fpv_ml fnv_ml tumor_score".split()
     later = "ct_clean ct_noise ct_shuffle seconds".split()  # older files may lack these

@@ -7,6 +7,7 @@ of each --data, "autopet" and "brats" are the paper's recipes.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,8 @@ from files import UserError, writing
 from mirror_unet import TASKS, MirrorUNet
 from patches import Augmentation
 from phantom import Harder
+
+ALL_FOLDS = -1  # as a value of --fold
 
 # Publications that come with their own optimizer: it is the default of their networks.
 OPTIMIZERS: dict[str, dict[str, typing.Any]] = {
@@ -84,7 +87,7 @@ class Config:
     negatives: bool = option(True, "keep studies without tumor", was="healthy")
     splits: str = option("", "JSON file of folds; default: ROOT/splits_final.json, or by patient")
     folds: int = number(5, 2, 1000, "number of folds if there is no --splits")
-    fold: int = number(0, 0, 1000, "the fold that is held out")
+    fold: int = number(0, -1, 1000, "the fold that is held out; all (or -1): a run for each")
     # patches
     patch: tuple[int, ...] = number((96, 96, 96), 1, 1024, "voxels, multiples of 16", count=3)
     batch: int = number(2, 1, 4096, "patches per step; with torchrun: per process")
@@ -141,6 +144,7 @@ class Config:
         "cosine poly step constant", "cosine to 0; poly: (1 - t)^0.9; step: x 0.1 at 5/8 of the run"
     )
     clip: float = number(12.0, 0, 1e9, "largest gradient norm; 0: no clipping")
+    skip_nonfinite: bool = option(False, "leave out, and count, steps whose loss is not finite")
     ema: float = number(0.0, 0, 0.999999, "decay of the averaged weights, which are saved; 0: off")
     seed: int = number(0, 0, 2**31 - 1, "seed of everything random")
     # machine
@@ -149,7 +153,7 @@ class Config:
     compile: bool = option(False, "torch.compile the network")
     graph: bool = option(False, "on CUDA: replay the step as a CUDA graph, see graph.py")
     channels_last: bool = option(True, "channels_last_3d memory layout")
-    workers: int = number(-1, -1, 1024, "loader processes; -1: none on CPU, up to 8 on CUDA")
+    workers: int = number(-1, -1, 1024, "to preprocess and to load; -1: on CPU, none to load")
     kernels: str = choice("- auto triton plain", "default MIRROR_UNET_KERNELS, else auto")
     # validation
     validations: int = number(5, 1, 10**6, "how many times, the last time at the end")
@@ -165,6 +169,7 @@ class Config:
     )
     overwrite: bool = option(False, "replace a run folder that exists")
     resume: bool = option(False, "continue the run in --out; start it if there is none yet")
+    accept_changes: bool = option(False, "resume with other studies: scores may be too good")
 
     # ------------------------------------------------------------------------------- what it means
     @property
@@ -465,12 +470,19 @@ def build_parser(description: str) -> Parser:
             choices = [c for c in f.metadata["choices"] or () if c != ""]
             metavar = "{" + ",".join(choices) + "}" if choices else kinds[typing.cast(type, f.type)]
             more |= dict(type=f.type, metavar=metavar)
+        if f.name == "fold":
+            more["type"] = fold_or_all
         text = (f.metadata["help"] + defaults_of(f)).replace("%", "%%")
         group.add_argument(f"--{f.name.replace('_', '-')}", help=text, **more)
         if f.metadata["was"]:  # the older name keeps working
             old = f"--{f.metadata['was'].replace('_', '-')}"
             group.add_argument(old, help=argparse.SUPPRESS, **more)
     return parser
+
+
+def fold_or_all(word: str) -> int:
+    """A value of --fold."""
+    return ALL_FOLDS if word == "all" else int(word)
 
 
 def defaults_of(f: dataclasses.Field) -> str:
@@ -498,8 +510,9 @@ def parse_config(argv: list[str], description: str = "") -> Config:
             given[name] = check_value(FIELDS[name], value)
         except ValueError as e:
             raise UserError(f"--{name.replace('_', '-')} {e}") from None
-    if given.get("resume") and (path.exists() or set(given) <= {"out", "resume"}):
-        base = read_config(path)
+    started = any(path.with_name(n).exists() for n in ("config.json", "last.pt", "best.pt"))
+    if given.get("resume") and (started or set(given) <= {"out", "resume"}):
+        base = dataclasses.replace(read_config(path), accept_changes=False, overwrite=False)
     else:
         values = PRESETS[preset] | OPTIMIZERS.get(given.get("model", ""), {})
         if "minutes" in given:  # the time is the budget, not the few steps of a laptop-sized run
@@ -514,10 +527,15 @@ def parse_config(argv: list[str], description: str = "") -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The config of an earlier run. Raises UserError if there is none or it cannot be used."""
+    """The config of an earlier run, or that of its last.pt. Raises UserError if there is none."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
-        why = type(e).__name__
-        raise UserError(f"{path}: no run to resume here ({why}); name it with --out") from None
+        for name in ("last.pt", "best.pt"):
+            with contextlib.suppress(Exception):  # torch, pickle and zip have their own
+                values = torch.load(path.with_name(name), "meta", weights_only=True)["config"]
+                break
+        else:
+            why = type(e).__name__
+            raise UserError(f"{path}: no run to resume here ({why}); name it with --out") from None
     return Config.from_dict(values, path)

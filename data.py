@@ -11,7 +11,7 @@ Arrays are in nibabel's order: (D, H, W) are the first, second and third axis of
 import hashlib
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 from tqdm import tqdm
 
+import files
+import processes
 from files import (
     UserError,
     atomic_write,
-    clean_parts,
     note,
     on_one_grid,
     overlap,
@@ -239,12 +240,17 @@ class CachedCase:
     tumor: bool  # whether the truth has any foreground
     affine: np.ndarray  # (4, 4) of the cached grid
     case: Case
+    source: str = ""  # checksums of the study's files
 
     def array(self, name: str) -> np.ndarray:
         """Map "image" (2, D, H, W), float16; "label" (D, H, W), uint8; or "foreground" (N, 3),
-        int16, the indices of the tumor's voxels."""
+        int16, the indices of the tumor's voxels. Raises UserError if the file is gone."""
         path = self.folder / f"{name}.npy"
-        return np.load(path, mmap_mode="r")  # not kept: every open map holds a file descriptor
+        try:
+            return np.load(path, mmap_mode="r")  # not kept: open maps hold file descriptors
+        except (OSError, ValueError, EOFError) as e:
+            problem = f"removed or changed while it was used ({e})"
+            raise UserError(f"{path}: {problem}; the next run makes it again") from None
 
 
 def _fingerprint(case: Case, preprocessing: Preprocessing) -> str:
@@ -252,6 +258,16 @@ def _fingerprint(case: Case, preprocessing: Preprocessing) -> str:
     files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in case.files()]
     content = [CACHE_VERSION, asdict(preprocessing), files, case.channels, case.roles]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _read_entry(job: tuple[Case, Preprocessing, Path]) -> CachedCase | None:
+    """The entry of a study, or None unless it is complete and its checksum is right."""
+    case, _, folder = job
+    meta = files.unseal(folder)
+    if meta is None:
+        return None
+    affine, tumor, source = np.array(meta["affine"]), meta["tumor"], meta["source"]
+    return CachedCase(case.name, case.patient, folder, tumor, affine, case, source)
 
 
 def preprocess(case: Case, preprocessing: Preprocessing) -> dict:
@@ -272,11 +288,12 @@ def _cache_one(job: tuple[Case, Preprocessing, Path]) -> None:
     case, preprocessing, folder = job
     entry = preprocess(case, preprocessing)
     meta = {"affine": entry["affine"].tolist(), "tumor": entry["tumor"]}
+    meta["source"] = " ".join(f"{files.checksum(path):08x}" for path in case.files())
     with atomic_write(folder) as part:
         part.mkdir()
         for name in ("image", "label", "foreground"):
             np.save(part / f"{name}.npy", np.ascontiguousarray(entry[name]))
-        (part / "case.json").write_text(json.dumps(meta))
+        files.seal(part, meta)
 
 
 def refuse_duplicates(cases: list[Case]) -> None:
@@ -284,8 +301,8 @@ def refuse_duplicates(cases: list[Case]) -> None:
     seen = {}
     for case in cases:
         image = case.images[-1]
-        files = tuple(size_and_sample(path) for path in case.files())
-        keys = {case.name: f"case {case.name} occurs twice", files: "one study under two names"}
+        sample = tuple(size_and_sample(path) for path in case.files())
+        keys = {case.name: f"case {case.name} occurs twice", sample: "one study under two names"}
         for key, problem in keys.items():
             if key and key in seen:
                 raise UserError(f"{problem}: {seen[key]} and {image}; remove one of the two")
@@ -297,26 +314,50 @@ def build_cache(
 ) -> list[CachedCase]:
     """Preprocess the cases that are not in the cache, or whose files or preprocessing changed.
 
-    cache: a folder; an entry takes about 5 bytes per voxel of the network's grid. workers: number
-    of processes, by default one per core. Raises UserError for unusable data and duplicates.
+    Entries that are there are checked, and made again if they are damaged. cache: a folder; an
+    entry takes about 5 bytes per voxel of the network's grid. workers: number of processes, at most
+    one per core; by default as many as memory allows. Raises UserError for unusable data and
+    duplicates.
     """
     cache = Path(cache)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    clean_parts(cache)
+    files.clean_parts(cache)
     refuse_duplicates(cases)
-    entries = [(c, cache / f"{c.name}-{_fingerprint(c, preprocessing)}") for c in cases]
-    jobs = [(c, preprocessing, f) for c, f in entries if not (f / "case.json").exists()]
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is used
-        run = pool.map if workers > 1 else map
-        list(tqdm(run(_cache_one, jobs), "preprocessing", len(jobs), unit="case", disable=not jobs))
-    out = []
-    for case, folder in entries:
-        meta = json.loads((folder / "case.json").read_text())
-        affine = np.array(meta["affine"])
-        out.append(CachedCase(case.name, case.patient, folder, meta["tumor"], affine, case))
-    return out
+    jobs = []
+    for case in cases:
+        name = os.fsdecode(os.fsencode(case.name)[:180])  # a file's name has at most 255 bytes
+        folder = cache / f"{name}-{_fingerprint(case, preprocessing)}"
+        jobs.append((case, preprocessing, folder))
+    with ThreadPoolExecutor(processes.available_cores()) as pool:
+        entries = list(pool.map(_read_entry, jobs))
+    missing = [job for job, entry in zip(jobs, entries) if entry is None]
+    for _, _, folder in missing:
+        if folder.exists():
+            tqdm.write(f"{folder}: damaged, and made again")
+            files.remove(folder)
+    if workers == 1:
+        count = 0  # in this process
+    else:
+        allowed = processes.free_memory() // max(map(_memory_needed, missing), default=1)
+        count = min(workers or processes.available_cores(), max(1, allowed))
+    try:
+        processes.work(_cache_one, missing, count, "preprocessing")
+    finally:
+        files.clean_parts(cache)  # of processes that were killed
+    entries = [entry or _read_entry(job) for job, entry in zip(jobs, entries)]
+    if None in entries:
+        folder = jobs[entries.index(None)][2]
+        raise UserError(f"{folder}: damaged, and cannot be replaced; delete it")
+    return [entry for entry in entries if entry]
+
+
+def _memory_needed(job: tuple[Case, Preprocessing, Path]) -> int:
+    """Bytes that `preprocess` takes: measured, up to 18 per voxel of the file and of the grid."""
+    case, preprocessing, _ = job
+    image = read_header(case.images[-1])
+    scale = np.prod(voxel_sizes(image.affine)) / np.prod(preprocessing.spacing)
+    return int(20 * (1 + scale) * np.prod(image.shape[:3], dtype=float)) + 2**28
 
 
 # ------------------------------------------------------------------------------------------ folds

@@ -1,16 +1,22 @@
-"""What all programs here share: errors for people, images read with care, atomic files."""
+"""What all programs here share: errors for people, atomic files, JSON and images read with care."""
 
 import bz2
 import contextlib
+import functools
 import gzip
+import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +27,7 @@ from nibabel import imageglobals, nifti1, nifti2
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from scipy import ndimage
+from tqdm import tqdm
 
 # Control characters, line ends, marks that reverse the text, and bytes that are not UTF-8: as part
 # of a name they could break a line in two or rewrite the terminal.
@@ -57,28 +64,60 @@ def note(message: str, kind: str = "") -> None:
         print(printable(message) + more + "\n", end="", flush=True)
 
 
+class Stopped(SystemExit):
+    """Ctrl-C (SIGINT) or SIGTERM; its text says what is kept and how to continue."""
+
+    def __init__(self, number: int, message: str = "interrupted"):
+        super().__init__(message)
+        self.number = number
+
+
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run main(command-line arguments); print a UserError as one line and exit with code 2."""
+    """Run main(command-line arguments); print a UserError as one line and exit with code 2.
+
+    Ctrl-C and SIGTERM also end it with a line, and with the codes that shells expect, 130 and 143.
+    """
     for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding does not have
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    received = []
+
+    def stop(number, _):
+        received.append(number)
+        raise Stopped(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # nohup ignores a signal; of torchrun's processes, those that wait for the first one are
+        # in PyTorch, which calls no handler.
+        if signal.getsignal(number) != signal.SIG_IGN and os.environ.get("RANK", "0") == "0":
+            before[number] = signal.signal(number, stop)
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            main(sys.argv[1:])
+            sys.stdout.flush()
+        except Exception:
+            if received:  # numpy, for one, may turn Stopped into another error
+                raise Stopped(received[-1]) from None
+            raise
     except BrokenPipeError:  # as with `| head`; Python flushes stdout again on exit: redirect it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        tqdm.write(f"error: {e}", file=sys.stderr)  # after any progress bar
         sys.exit(2)
+    except Stopped as e:
+        tqdm.write(f"\n{e}", file=sys.stderr)
+        sys.exit(128 + e.number)
     except OSError as e:  # no permission, a name that is too long, a loop of links
         if e.filename is None:
             raise
         line = f"{e.filename}: {e.strerror}; choose another place, or allow its use"
-        print(f"error: {printable(line)}", file=sys.stderr)
+        tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -100,7 +139,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     # The end of the name has the suffix, which tells the format; a longer one might be too long.
-    part = path.with_name(f".{os.getpid()}.{path.name[-60:]}")
+    part = path.with_name(f".{os.getpid()}.{_place()}.{path.name[-60:]}")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,18 +153,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 if not (part.is_dir() and path.is_dir()):
                     raise
     finally:
-        _remove(part)
+        remove(part)
 
 
-def clean_parts(folder: Path) -> None:
-    """Remove the temporary files of `atomic_write` that killed processes left in a folder."""
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file atomically."""
+    with atomic_write(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def clean_parts(folder: Path, alone: bool = False) -> None:
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder.
+
+    Those of other hosts and containers may be in use: they are removed after a day, or at once if
+    the caller knows that no other process writes there (`alone`).
+    """
     for part in folder.glob(".[0-9]*.*"):
-        pid = part.name.split(".")[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            _remove(part)
+        match = re.fullmatch(r"\.(\d+)\.([0-9a-f]{8})\..+", part.name, re.DOTALL)
+        if not match:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            dead = time.time() - part.stat().st_mtime > 86_400
+            if match[2] == _place():
+                dead = not _alive(int(match[1]))
+            if dead or alone:
+                remove(part)
 
 
-def _remove(part: Path) -> None:
+@functools.cache
+def _place() -> str:
+    """Eight digits of where a process number is valid: this boot of this host, this container."""
+    names = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux only
+        names.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("".join(names).encode()).hexdigest()[:8]
+
+
+def remove(part: Path) -> None:
+    """Remove a file or a folder, if possible."""
     with contextlib.suppress(OSError):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
 
@@ -141,7 +207,7 @@ def _alive(pid: int) -> bool:
 class Interrupts:
     """In the block, Ctrl-C and SIGTERM only set `asked`; a second Ctrl-C interrupts at once."""
 
-    asked = twice = False  # a loop in the block checks `asked`, then finishes its step and saves
+    asked = 0  # the signal's number: a loop in the block checks it, finishes its step and saves
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -149,14 +215,22 @@ class Interrupts:
         return self
 
     def _ask(self, number: int, _) -> None:
-        if number == signal.SIGINT and self.twice:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.twice = self.twice or number == signal.SIGINT
+        if number == signal.SIGINT == self.asked:
+            raise Stopped(number)
+        self.asked = number
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """In this inner block, they interrupt at once."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
 
 # -------------------------------------------------------------------------------------------- JSON
@@ -211,7 +285,9 @@ def _open_nifti(path: Path) -> Iterator[tuple[BinaryIO, Any, np.ndarray]]:
     except UserError:
         raise
     except FileNotFoundError as e:
-        raise UserError(f"{e.filename or path}: no such file") from None
+        if e.filename not in (None, str(path)):
+            raise UserError(f"{path}: its voxels are in {e.filename}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except MemoryError:
         raise UserError(f"{path}: does not fit into this machine's memory") from None
     except Exception as e:  # nibabel, zlib and gzip raise different errors for a broken file
@@ -257,7 +333,7 @@ def _shape(header) -> tuple[int, ...]:
 
 
 def _check_size(header, path: Path) -> None:
-    """Raise UserError for voxels that are not numbers, and for sizes that no scan has."""
+    """Raise UserError for voxels that are not clear numbers, and for sizes that no scan has."""
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         kind = "complex numbers" if dtype.kind == "c" else "colors"
@@ -269,6 +345,10 @@ def _check_size(header, path: Path) -> None:
     if np.prod(np.array(shape, float)) > MOST_VOXELS:
         limit = f"no scan has more than {MOST_VOXELS:,}"
         raise UserError(f"{path}: its header claims {sides} voxels; {limit}; export it again")
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if not (slope and np.isfinite(slope)) and np.isfinite(inter) and inter:
+        problem = f"its header has an offset ({inter:g}) without a factor (scl_slope {slope:g})"
+        raise UserError(f"{path}: {problem}, which programs read differently; export it again")
     first = header.template_dtype.itemsize + 4 if header.is_single else 0
     if not first <= float(header["vox_offset"]) <= MOST_EXTENSIONS:
         raise UserError(f"{path}: its header names no place for the voxels; export it again")
@@ -417,3 +497,111 @@ def size_and_sample(path: Path) -> tuple[int, bytes]:
             return size, f.read(2**16)
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}; allow reading it") from None
+
+
+# --------------------------------------------------------------------- what a run has to remember
+def checksum(path: Path, crc: int = 0) -> int:
+    """The CRC-32 of a file, continued from `crc`."""
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def seal(folder: Path, meta: dict) -> None:
+    """Write `meta` and the checksum of it and of all arrays in the folder to FOLDER/case.json."""
+    (folder / "case.json").write_text(json.dumps(meta | {"checksum": _seal_of(folder, meta)}))
+
+
+def unseal(folder: Path) -> dict | None:
+    """Return the `meta` of `seal`, or None if anything in the folder is missing or has changed."""
+    try:
+        meta = json.loads((folder / "case.json").read_text())
+        return meta if meta.pop("checksum") == _seal_of(folder, meta) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _seal_of(folder: Path, meta: dict) -> int:
+    crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.npy")):
+        crc = checksum(path, zlib.crc32(path.name.encode(), crc))
+    return crc
+
+
+class Log:
+    """A file of JSON lines, and its size and CRC-32, which tell a resumed run if it was edited."""
+
+    def __init__(self, path: Path):
+        self.path, self.size, self.crc = path, 0, 0
+
+    def add(self, row: dict) -> None:
+        """Append a line."""
+        line = (json.dumps(row) + "\n").encode()
+        with writing(self.path), open(self.path, "ab") as f:
+            f.write(line)
+        self.size += len(line)
+        self.crc = zlib.crc32(line, self.crc)
+
+    def restore(self, size: int, crc: int | None = None) -> None:
+        """Cut the file to its first `size` bytes. UserError if they are not those of `crc`."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if crc not in (None, zlib.crc32(content[:size])):
+            content = content.replace(b"\r\n", b"\n")  # an editor or a transfer changed line ends
+        known = content[:size]
+        self.size, self.crc = size, zlib.crc32(known)
+        if len(known) < size or crc not in (None, self.crc):
+            problem = "missing or shorter than when last.pt was written, or edited since"
+            raise UserError(f"{self.path}: {problem}; put it back, or begin again with --overwrite")
+        if self.path.exists() and self.path.read_bytes() != known:
+            write_file(self.path, known)
+
+
+def digest(studies: dict) -> int:
+    """The CRC-32 of the studies of a run."""
+    return zlib.crc32(json.dumps(studies, sort_keys=True).encode())
+
+
+def changed_studies(path: Path, before: dict | int, now: dict) -> str:
+    """How the studies of a run have changed since `path` was written; "" if they have not.
+
+    now: {"train": {name: checksum}, "val": {name: checksum}}; before: the same, or the `digest` of
+    it; an older run has {}.
+    """
+    if isinstance(before, int):
+        if before == digest(now):
+            return ""
+        return f"{path}: other studies than the run had: scores may be too good"
+    try:
+        train, val = before.get("train", now["train"]), before.get("val", now["val"])
+        old, new = train | val, now["train"] | now["val"]
+        found = {
+            "held out now that it was trained on": train.keys() & now["val"].keys(),
+            "trained on now that were held out": val.keys() & now["train"].keys(),
+            "added": new.keys() - old.keys(),
+            "removed": old.keys() - new.keys(),
+            "with changed files": {k for k in new.keys() & old.keys() if new[k] != old[k]},
+        }
+    except (TypeError, AttributeError):
+        raise UserError(f"{path}: its list of studies is damaged; take another --out") from None
+    words = [f"{len(names)} {how} ({min(names)})" for how, names in found.items() if names]
+    if not words:
+        return ""
+    return f"{path}: other studies than the run had, {', '.join(words)}: scores may be too good"
+
+
+def source_version() -> str:
+    """The commit of this code, or without git a hash of its sources."""
+    here = Path(__file__).parent
+
+    def git(*words, check=False):
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=check)
+
+    try:
+        code = git("describe", "--always", check=True).stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
+        return code + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        sources = sorted([*here.glob("*.py"), *here.glob("kernels/*.py")])
+        return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]

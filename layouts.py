@@ -332,6 +332,8 @@ def stem(path) -> str:
 def safe_name(name) -> str:
     """A study's name as the name of files: printable, and shortened if they would be too long."""
     name = printable(name)
+    if not name.strip("."):  # "." and ".." are folders
+        name = f"study{name}"
     if len(name.encode()) <= 200:  # of the 255 bytes that file systems take
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

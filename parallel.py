@@ -16,6 +16,7 @@ Without torchrun, everything here does nothing and costs nothing.
 import contextlib
 import ctypes
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -25,8 +26,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from tqdm import tqdm
 
 from files import UserError
+from processes import available_cores
 
 
 def size() -> int:
@@ -37,6 +40,29 @@ def size() -> int:
 def rank() -> int:
     """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(message: str) -> None:
+    """Print a line, once however many processes there are."""
+    if rank() == 0:
+        tqdm.write(message)
+
+
+def loaders(workers: int, device: torch.device, voxels: int) -> int:
+    """Return how many of the `workers` that are asked for each process gets as loaders.
+
+    -1: none on CPU, up to 8 on CUDA. The cores and the shared memory (/dev/shm) have to allow them;
+    there, a loader puts two batches of `voxels`, each of two float32 channels and a uint8 label.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    asked = (8 if device.type == "cuda" else 0) if workers < 0 else workers
+    allowed = min(asked, available_cores() // here or 1)
+    if os.path.isdir("/dev/shm"):
+        batches = shutil.disk_usage("/dev/shm").free // here // (9 * voxels)
+        allowed = max(0, min(allowed, (batches - 1) // 2))  # one more is in use
+    if allowed < workers:
+        say(f"--workers {workers}: the cores and /dev/shm allow only {allowed}")
+    return allowed
 
 
 def start(device: str) -> torch.device:

@@ -115,7 +115,7 @@ def read_region(array: np.ndarray, start, size, flip=()) -> np.ndarray:
     if (high > low).all():
         source = tuple(slice(a, b) for a, b in zip(low, high))
         target = tuple(slice(a, b) for a, b in zip(low - start, high - start))
-        np.flip(out, [axis - 3 for axis in flip])[(..., *target)] = array[(..., *source)]
+        np.flip(out, tuple(axis - 3 for axis in flip))[(..., *target)] = array[(..., *source)]
     return out
 
 

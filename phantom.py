@@ -576,19 +576,14 @@ def _glioma(rng, xyz, half, spacing, tissue, depth) -> np.ndarray:
 
 
 def _store(paths: list[Path], make, index: int, seed: int, spacing, extra: str = "") -> None:
-    """Write the first fields of the study make(index, seed, spacing), unless all files exist.
+    """Write the first fields of the study make(index, seed, spacing), unless all files are there.
 
-    Headers say how files were made. Raises UserError if existing files were made differently.
+    Headers say how files were made: see `_is_made`.
     """
     voxel = "x".join(f"{s:g}" for s in spacing)
     text = f"phantom 1, seed {seed}, study {index}, {voxel} mm"
     text = f"{text}, {extra}".removesuffix(", ")[:80]  # the header has room for 80
-    if all(path.exists() for path in paths):
-        for path in paths:
-            found = nib.load(path).header["descrip"].item().decode()
-            if found != text:
-                advice = "choose another folder, or delete this one"
-                raise UserError(f"{path} holds '{found}', not '{text}': {advice}")
+    if all([_is_made(path, text) for path in paths]):
         return
     study = make(index, seed, spacing)
     arrays = study[0].astype(np.int16), *study[1:]
@@ -598,6 +593,25 @@ def _store(paths: list[Path], make, index: int, seed: int, spacing, extra: str =
         image.header.set_xyzt_units("mm")
         with atomic_write(path) as part:
             part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def _is_made(path: Path, text: str) -> bool:
+    """Whether a file is there and undamaged. UserError if its header says other than `text`."""
+    try:
+        with gzip.open(path) as f:
+            header = nib.Nifti1Header.from_fileobj(f)
+            found = header["descrip"].item().decode()
+            f.read()  # to the end, where gzip compares checksums
+            size = f.tell()
+        voxels = int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
+    except PermissionError:
+        raise
+    except Exception:  # nibabel, zlib and gzip raise different errors for a broken file
+        return False
+    if found != text:
+        advice = "choose another folder, or delete this one"
+        raise UserError(f"{path} holds '{found}', not '{text}': {advice}")
+    return size == header.get_data_offset() + voxels
 
 
 def write_petct(

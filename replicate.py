@@ -39,11 +39,11 @@ import torch
 import claims
 import patches
 from claims import Experiment, experiments_for, read_results, read_rows
-from config import FIELDS, Config, parse_config
-from data import find_splits
+from config import ALL_FOLDS, FIELDS, Config, parse_config
 from evaluate import write_table
-from files import Interrupts, UserError, clean_parts, read_json, run_program, writing
+from files import Interrupts, UserError, clean_parts, run_program, source_version, writing
 from predict import evaluating, load_model, sliding_window
+from processes import available_cores
 
 # What all systems of a source have in common: data and budget. "demo" stands in for PET/CT if there
 # is no --root. The phantoms take two patches per step, as the runs in results/ did.
@@ -189,12 +189,7 @@ def source_of(data: str, a: argparse.Namespace) -> tuple[str, list[str]]:
 
 def find_folds(c: Config) -> list[list[list[str]]]:
     """[[training, held-out], ...]: the names of the studies, per fold."""
-    first = train.load_cases(dataclasses.replace(c, fold=0))
-    if own_folds := c.splits or (c.root and find_splits(c.root)):
-        n = len(read_json(own_folds, "folds"))
-    else:
-        n = min(c.folds, len({case.patient for side in first for case in side}))
-    folds = [first, *[train.load_cases(dataclasses.replace(c, fold=k)) for k in range(1, n)]]
+    folds = train.load_folds(dataclasses.replace(c, fold=ALL_FOLDS))
     return [[sorted(case.name for case in side) for side in fold] for fold in folds]
 
 
@@ -310,7 +305,7 @@ def result_rows(run: Run) -> list[dict]:
             **{name: mine.get(name, "") for name in ("ct_clean", "ct_noise", "ct_shuffle")},
             "steps": last["step"],
             "seconds": last["seconds"],
-            "commit": train.code_version()["code"],
+            "commit": source_version(),
             "options": " ".join(without_paths(run.argv)),
             "run": run.key,
         })
@@ -424,13 +419,6 @@ def time_left(times: list[float], waiting: int, running: list[Job], jobs: int) -
     """Estimate the seconds until all runs have ended, from the `times` of those that have."""
     pace = float(np.mean(times))
     return (pace * waiting + sum(max(pace - job.seconds, 0) for job in running)) / jobs
-
-
-def available_cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def last_line(path: Path) -> str:

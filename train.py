@@ -7,7 +7,8 @@ config.json, metrics.jsonl, last.pt, best.pt, curves.png, validation.png and val
 
 Every option is a field of `config.Config`; `--preset` sets many at once, and options given with it
 win. On several GPUs: torchrun --nproc_per_node=N train.py ... (`parallel.py`). A run that was
-killed, at any moment, continues with --resume exactly where it was.
+killed, at any moment, continues with --resume exactly where it was. `--fold all` makes a run per
+fold, in OUT/fold0, OUT/fold1, ...
 """
 
 import os
@@ -16,13 +17,13 @@ import os
 # anything else runs on one of two cores. Must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import contextlib
 import copy
-import hashlib
+import dataclasses
 import io
 import json
 import math
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -39,18 +40,21 @@ import baselines
 import data
 import evaluate
 import figures
+import files
 import parallel
 import patches
 import phantom
-from config import SYSTEM, Config, as_argument, parse_config
-from files import Interrupts, UserError, atomic_write, clean_parts, note, run_program, writing
+import processes
+from config import ALL_FOLDS, SYSTEM, Config, as_argument, parse_config
+from files import Stopped, UserError, atomic_write, note, run_program, writing
 from graph import Graph, move_towards, read_later
+from parallel import say
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
 
 # ----------------------------------------------------------------------------------- data and model
-def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]:
-    """Find, preprocess and split the studies: (training, validation) of the fold."""
+def load_folds(c: Config) -> list[tuple[list[data.CachedCase], list[data.CachedCase]]]:
+    """Find, preprocess and split the studies: (training, validation) of each fold of the run."""
     if c.data.startswith("phantom"):
         write = phantom.write_brain
         if c.task == "petct":
@@ -62,31 +66,33 @@ def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]
     else:
         root = Path(c.root)
     found, line = data.find_cases(root, c.task, True, c.patient_regex, c.label_codes)
-    cases = data.build_cache(found, c.preprocessing, c.cache)
+    cases = data.build_cache(found, c.preprocessing, c.cache, c.workers if c.workers > 0 else None)
     if parallel.rank() == 0:
         note(f"{line}, {sum(not k.tumor for k in cases):,} without tumor")
     if len(cases) == 1:
         say("only one study: the run trains and validates on it; the table says nothing of others")
-        return cases, cases
+        return [(cases, cases)]
     if own_folds := c.splits or data.find_splits(root):
         splits = data.read_splits(own_folds, cases)
     else:
         splits = data.make_folds(cases, min(c.folds, len({k.patient for k in cases})))
-    if not 0 <= c.fold < len(splits):
+    if c.fold >= len(splits):
         raise UserError(f"--fold {c.fold}: there are folds 0 to {len(splits) - 1}")
     kept = [k for k in cases if k.tumor or c.negatives]
-    train = [k for k in kept if k.name in set(splits[c.fold]["train"])]
-    val = [k for k in kept if k.name in set(splits[c.fold]["val"])]
-    if not train or not val:
-        sides = f"{len(train)} studies to train on and {len(val)} held out"
-        raise UserError(f"--fold {c.fold}: {sides}; each side needs one")
-    return train, val
+    sides = []
+    for fold in range(len(splits)) if c.fold == ALL_FOLDS else [c.fold]:
+        train = [k for k in kept if k.name in set(splits[fold]["train"])]
+        val = [k for k in kept if k.name in set(splits[fold]["val"])]
+        if not train or not val:
+            found = f"{len(train)} studies to train on and {len(val)} held out"
+            raise UserError(f"--fold {fold}: {found}; each side needs one")
+        sides.append((train, val))
+    return sides
 
 
-def say(message: str) -> None:
-    """Print a line, once however many processes there are."""
-    if parallel.rank() == 0:
-        tqdm.write(message)
+def load_cases(c: Config) -> tuple[list[data.CachedCase], list[data.CachedCase]]:
+    """The (training, validation) studies of one fold, as `load_folds`."""
+    return load_folds(c)[0]
 
 
 def build_model(c: Config) -> nn.Module:
@@ -131,7 +137,10 @@ class Run:
     """
 
     # Options that a run cannot change when it is resumed.
-    FIXED = ("data", *SYSTEM, "optimizer")
+    FIXED = ("data", "fold", *SYSTEM, "optimizer", "spacing", "ct_window", "suv_window")
+    FIXED += ("label_values", "label_nonzero")
+    # Numbers that a checkpoint holds.
+    COUNTS = "step seen seconds best finished validated skipped".split()
 
     def __init__(self, c: Config, train: list[data.CachedCase], val: list[data.CachedCase]):
         self.c, self.train_cases, self.val_cases = c, train, val
@@ -166,7 +175,17 @@ class Run:
         self.seconds = 0.0  # spent on steps
         self.best = -1.0  # mean Dice of best.pt
         self.finished = False
-        self.code = code_version()
+        sides = {"train": train, "val": val}
+        self.studies = {side: {k.name: k.source for k in cases} for side, cases in sides.items()}
+        self.validated = 0  # how many of the validations are done
+        self.skipped = 0  # steps left out by --skip-nonfinite
+        self.skipped_since = 0  # those since the last finite one
+        self.usual = 0.0  # mean loss of the last hundred steps or so
+        self.written = 0  # the step of last.pt
+        self.lines = files.Log(self.folder / "metrics.jsonl")
+        self.kept: dict[str, bytes] = {}  # checkpoints to be written, by name
+        self.again = c.out  # the folder that a stopped run is resumed with
+        self.code = {"code": files.source_version(), "torch": str(torch.__version__)}
 
     @property
     def batch_of_all(self) -> int:
@@ -176,47 +195,67 @@ class Run:
     # --------------------------------------------------------------------------------- checkpoints
     def state(self) -> dict:
         """What a checkpoint holds. The schedule needs no state: it depends on `progress` alone."""
-        log = self.folder / "metrics.jsonl"
-        return {
+        return {name: getattr(self, name) for name in self.COUNTS} | {
             "config": self.c.to_dict(),
             "code": self.code,
-            "step": self.step,
-            "seen": self.seen,
-            "seconds": self.seconds,
-            "best": self.best,
-            "finished": self.finished,
-            "log_bytes": log.stat().st_size if log.exists() else 0,
+            "log_bytes": self.lines.size,
+            "log_crc": self.lines.crc,
             "model": self.ema_model.state_dict(),
             "net": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint atomically."""
+    def save(self, name: str, now: bool = True) -> None:
+        """Write a checkpoint atomically; if not `now`, once the next loss is usual. Refuses NaN."""
         self.note_late()
-        if parallel.rank() == 0:
-            buffer = io.BytesIO()  # torch.save has its own errors for a full disk
-            torch.save(self.state(), buffer)
-            with atomic_write(self.folder / name) as part:
-                part.write_bytes(buffer.getbuffer())
+        if parallel.rank() > 0:
+            return
+        if not all(bool(t.isfinite().all()) for t in self.model_tensors):
+            if now:
+                raise self.not_finite(f"a weight is not finite after step {self.step}")
+            return  # the next loss will not be finite
+        # best.pt is given to others, and has no names of patients.
+        more = {"studies": self.studies if name == "last.pt" else files.digest(self.studies)}
+        buffer = io.BytesIO()  # torch.save has its own errors for a full disk
+        torch.save(self.state() | more, buffer)
+        self.kept[name] = buffer.getvalue()
+        if now:
+            self.write_kept(name)
+
+    def write_kept(self, name: str = "last.pt") -> None:
+        """Write what `save` kept, if anything."""
+        if name in self.kept:
+            files.write_file(self.folder / name, self.kept.pop(name))
+            self.written = self.step
 
     def resume(self) -> None:
         """Continue from last.pt, and cut metrics.jsonl to its length then. Raises UserError.
 
-        Without a last.pt the run starts from the beginning.
+        If last.pt is missing or damaged, best.pt holds an earlier state of the run. Without both,
+        the run starts from the beginning.
         """
-        path, log = self.folder / "last.pt", self.folder / "metrics.jsonl"
-        if not path.exists():
-            say(f"{path}: not written before the run was stopped; it starts from the beginning")
-            return self.cut_log(0)
-        state = load_checkpoint(path, self.device)
+        found = [self.folder / name for name in ("last.pt", "best.pt")]
+        found = [path for path in found if path.exists()]
+        if not found:
+            say(f"{self.folder}: stopped before it was first saved; it starts from the beginning")
+            return self.lines.restore(0)
+        for path in found:
+            try:
+                state = load_checkpoint(path, self.device)
+                break
+            except UserError as e:
+                say(f"warning: {e}")
+        else:
+            raise UserError(f"{found[0]}: cannot be resumed; begin again with --overwrite")
+        ways = "delete it to resume from best.pt, or begin again with --overwrite"
         before = state["config"]
         for name in self.FIXED:
             was, now = getattr(before, name), getattr(self.c, name)
             if was != now:
                 options = f"{as_argument(name, was)}, not {as_argument(name, now)}"
                 raise UserError(f"{path}: of a run with {options}; give another --out")
+        state = {"code": "unknown code", "validated": 10**9, "skipped": 0, "studies": {}} | state
         if self.code != state["code"]:
             codes = f"{state['code']}, this is {self.code}"
             say(f"note: {path} was written by other code ({codes}); losses may differ from here on")
@@ -227,28 +266,37 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             for group in self.optimizer.param_groups:
                 group["capturable"] = self.c.graph
-        except (ValueError, RuntimeError) as e:
+            for name in self.COUNTS:
+                if type(state[name]) is not type(getattr(self, name)) or not state[name] >= -1:
+                    raise ValueError(f"{name} is {state[name]!r:.20}")
+                setattr(self, name, state[name])
+            size = int(state["log_bytes"])
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
             why = " ".join(str(e).split())[:160]
-            raise UserError(f"{path}: does not fit this version's network: {why}") from None
-        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
-        self.best, self.finished = state["best"], state["finished"]
-        if not log.exists() or log.stat().st_size < state["log_bytes"]:
-            problem = f"missing or shorter than when {path.name} was written"
-            raise UserError(f"{log}: {problem}; put it back to continue this run")
-        self.cut_log(state["log_bytes"])
-
-    def cut_log(self, size: int) -> None:
-        """Cut metrics.jsonl to its first `size` bytes."""
-        log = self.folder / "metrics.jsonl"
-        if parallel.rank() == 0 and log.exists():
-            os.truncate(log, size)
+            raise UserError(f"{path}: does not fit this version's network: {why}; {ways}") from None
+        if not all(bool(t.isfinite().all()) for t in self.model_tensors):
+            raise UserError(f"{path}: holds weights that are NaN or infinite; {ways}")
+        changes = files.changed_studies(path, state["studies"], self.studies)
+        if changes and not self.c.accept_changes:
+            raise UserError(f"{changes}; give another --out, or --accept-changes")
+        self.lines.restore(size, state.get("log_crc"))
+        if changes:
+            say(f"warning: {changes}")
+            self.log({"step": self.step, "changes": changes})
+        self.written = self.step
+        self.patches.length = self.seen + self.batch_of_all * max(0, self.c.steps - self.step)
+        self.validated = min(self.validated, int(self.progress() * self.c.validations))
+        if self.validated or self.finished:
+            try:
+                load_checkpoint(self.folder / "best.pt")
+            except UserError as e:
+                say(f"warning: {e}; the next validation writes it")
+                self.best, self.finished = -1.0, False
 
     def log(self, row: dict) -> None:
         """Append a line to metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
         if parallel.rank() == 0:
-            with writing(path), open(path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            self.lines.add(row)
 
     # ------------------------------------------------------------------------------------ training
     def progress(self) -> float:
@@ -259,11 +307,13 @@ class Run:
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """One step on a batch of the loader; returns the total loss and its parts.
 
-        With --graph they are those of the step before, whose "step" they name, or {} at first: the
-        host prepares the next step meanwhile instead of waiting for this one.
+        A step whose loss or gradient is not finite changes nothing: see `skip`. With --graph the
+        numbers are those of the step before, whose "step" they name, or {} at first: the host
+        prepares the next step meanwhile instead of waiting for this one.
         """
         c = self.c
-        keys, corners = batch["key"], batch.get("corners")
+        given, keys, corners = batch, batch["key"], batch.get("corners")
+        buffers = [t.clone() for t in self.model.buffers()] if c.skip_nonfinite else []
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
         more = (c.cube, c.cubes, c.sigma, corners)
         x = patches.corrupt_ct(batch["image"], c.corrupt, keys, *more)
@@ -281,17 +331,22 @@ class Run:
         torch.manual_seed(hash((c.random_seed, self.step)) & 0x7FFFFFFF)  # of (seed, step) alone
         self.model.turn = self.step % 2  # valindria trains the modalities in turns
         inputs = {name: batch[name] for name in ("image", "label", "tumor")} | {"x": x}
-        if not self.graph:
-            numbers = self.learn(**inputs).double()
-            numbers = parallel.mean(numbers).tolist()  # one transfer from the GPU
-            return dict(zip(self.names, numbers)) | {"lr": lr}
-        read, before = read_later(self.graph(**inputs)), self.late
-        more = {"lr": lr, "step": self.step + 1}
-        self.late = lambda: dict(zip(self.names, read())) | more
-        return before() if before else {}
+        if self.graph:
+            read, late = read_later(self.graph(**inputs)), self.late
+            more = {"lr": lr, "step": self.step + 1}
+            self.late = lambda: self.judge(dict(zip(self.names, read())) | more, given)
+            return late() if late else {}
+        numbers = self.learn(**inputs).double()
+        numbers = parallel.mean(numbers).tolist()  # one transfer from the GPU
+        row = self.judge(dict(zip(self.names, numbers)) | {"lr": lr}, given)
+        if "skipped" not in row:
+            self.update()
+        for tensor, before in zip(self.model.buffers(), buffers if "skipped" in row else []):
+            tensor.copy_(before)
+        return row
 
     def learn(self, x: Tensor, image: Tensor, label: Tensor, tumor: Tensor) -> Tensor:
-        """The device's part of a step: forward, loss, backward, optimizer, moving average.
+        """The device's part of a step: forward, loss, backward; with --graph also `update`.
 
         Returns the total loss, its parts and the gradient's norm: the numbers of `self.names`. With
         --graph this is what is recorded: nothing here may ask the host.
@@ -308,77 +363,122 @@ class Run:
         if self.graph:  # the host sees too late that a number is not finite: change no weight then
             finite = (loss.detach() + norm).isfinite()
             self.optimizer.found_inf = 1 - finite.float()  # type: ignore
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if c.ema:
-            move_towards(self.ema_tensors, self.model_tensors, self.rates[1])
+            self.update()
         self.names = ("loss", *parts, "grad_norm")
         return torch.stack([loss.detach(), *parts.values(), norm])
 
-    def note(self, row: dict) -> None:
-        """Log a step's row. Raises UserError if its loss is not finite."""
-        row = {"step": self.step, "seconds": round(self.seconds, 3), **row}
-        if not math.isfinite(row["loss"]) and not self.scaler.is_enabled():
-            problem = f"the loss is {row['loss']} at step {row['step']}"
-            raise UserError(f"{problem}: try a smaller --lr, or --amp off")
-        self.log(row)
+    def update(self) -> None:
+        """Change the weights by their gradients, and move the averaged weights."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.c.ema:
+            move_towards(self.ema_tensors, self.model_tensors, self.rates[1])
+
+    def judge(self, row: dict[str, float], batch: dict[str, Tensor]) -> dict[str, float]:
+        """The row of a step; if its numbers are not finite, what `skip` says of it."""
+        largest = math.inf if self.c.clip else 1e18  # a gradient that Adam can square
+        finite = math.isfinite(row["loss"]) and row["grad_norm"] < largest
+        if not finite and self.scaler.get_scale() <= 1:  # a larger one is halved instead (fp16)
+            return self.skip(batch, row)
+        self.usual = self.usual or row["loss"]
+        if finite and row["loss"] < 1000 * (1 + self.usual):  # else weights have exploded
+            self.usual += 0.01 * (row["loss"] - self.usual)
+            self.write_kept()
+        self.kept.clear()
+        self.skipped_since = 0
+        return row
 
     def note_late(self) -> None:
         """With --graph: log the last step, too."""
         late, self.late = self.late, None
         if late:
-            self.note(late())
+            self.log({"step": self.step, "seconds": round(self.seconds, 3), **late()})
+
+    def skip(self, batch: dict[str, Tensor], row: dict[str, float]) -> dict[str, float]:
+        """Leave a step out, or end the run with a UserError. Writes the first such batch."""
+        step = row.get("step", self.step + 1)
+        if not self.skipped:
+            content = {"step": step, "row": row, "batches": parallel.gather([batch])}
+            if parallel.rank() == 0:
+                with atomic_write(self.folder / "nonfinite.pt") as part:
+                    torch.save(content, part)
+        what = "grad_norm" if math.isfinite(row["loss"]) else "loss"
+        problem = f"the {what} is {row[what]:g} at step {step}"
+        if not self.c.skip_nonfinite or self.skipped_since == 100:
+            raise self.not_finite(problem)
+        say(f"{problem}: left out")
+        self.skipped += 1
+        self.skipped_since += 1
+        return {"step": step, "lr": row["lr"], "skipped": self.skipped}
+
+    def not_finite(self, problem: str) -> UserError:
+        """What ends a run that can no longer train."""
+        ways = f"try a smaller --lr, or --amp off, with --resume --out {self.folder}"
+        ways += f", which continues from step {self.written}, or leave such steps out with"
+        return UserError(f"{problem}: {ways} --skip-nonfinite; nonfinite.pt there has the batch")
 
     def batches(self) -> DataLoader:
         """The batches of this process, from patch number `seen` on."""
-        size, mine = self.batch_of_all, parallel.rank() * self.c.batch
+        c, size = self.c, self.batch_of_all
+        mine = parallel.rank() * c.batch
         starts = range(self.seen + mine, len(self.patches) - size + mine + 1, size)
-        workers = self.c.workers
-        if workers < 0:
-            workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
         return DataLoader(
             self.patches,
-            batch_sampler=[list(range(start, start + self.c.batch)) for start in starts],
-            num_workers=workers,
+            batch_sampler=(list(range(start, start + c.batch)) for start in starts),
+            num_workers=parallel.loaders(c.workers, self.device, c.batch * math.prod(c.patch)),
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=processes.follow_parent,
         )
 
     def train(self) -> None:
-        """Step until the budget is used up; validate and save at intervals."""
-        c = self.c
-        validated = int(self.progress() * c.validations)
-        saved = time.monotonic()
-        bar = progress_bar(self.progress())
+        """Step until the budget is used up; validate and save at intervals.
+
+        Ctrl-C and SIGTERM finish a step, and break off a validation, which is then repeated.
+        """
         self.model.train()
-        with Interrupts() as interrupts, bar:
-            batches = iter(self.batches())
-            while self.progress() < 1:
-                start = time.monotonic()
-                row = self.train_step(next(batches))
-                self.step += 1
-                self.seen += self.batch_of_all
-                spent = self.seconds + time.monotonic() - start
-                self.seconds, stopping = parallel.largest(spent, float(interrupts.asked))
-                bar.update(int(1000 * self.progress()) - bar.n)
-                if row:
-                    self.note(row)
-                    dice = next(v for k, v in row.items() if k.endswith("_dice"))
-                    numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
-                    bar.set_postfix_str(f"step {row.get('step', self.step)}  {numbers}")
-                due = int(self.progress() * c.validations)
-                if due > validated and self.progress() < 1:
-                    validated = due
+        with files.Interrupts() as interrupts, progress_bar(self.progress()) as bar:
+            try:
+                self.take_steps(interrupts, bar)
+                self.save("last.pt")
+                with interrupts.lifted():
+                    self.validate(last=True)
+            except (KeyboardInterrupt, Stopped) as e:
+                self.write_kept()
+                command = f"python train.py --resume --out {self.again}"
+                message = f"stopped after step {self.step}; to continue: {command}"
+                number = getattr(e, "number", signal.SIGINT)
+                raise Stopped(number, message if parallel.rank() == 0 else "") from None
+
+    def take_steps(self, interrupts: files.Interrupts, bar: tqdm) -> None:
+        """All steps, and all validations but the last. Raises Stopped when interrupted."""
+        c = self.c
+        saved = time.monotonic()
+        batches = iter(self.batches())
+        while self.progress() < 1:
+            due = int(self.progress() * c.validations)
+            if due > self.validated:
+                self.save("last.pt", now=False)
+                self.validated = due
+                with interrupts.lifted():
                     self.validate(last=False)
-                if stopping or time.monotonic() - saved >= 60 * c.checkpoint_minutes:
-                    self.save("last.pt")
-                    saved = time.monotonic()
-                if stopping:
-                    command = f"python train.py --resume --out {self.folder}"
-                    message = f"\nstopped after step {self.step}; to continue: {command}"
-                    raise SystemExit(message if parallel.rank() == 0 else 1)
-        self.save("last.pt")
-        self.validate(last=True)
+            start = time.monotonic()
+            row = self.train_step(next(batches))
+            self.step += 1
+            self.seen += self.batch_of_all
+            spent = self.seconds + time.monotonic() - start
+            self.seconds, stopping = parallel.largest(spent, float(interrupts.asked))
+            if row:
+                self.log({"step": self.step, "seconds": round(self.seconds, 3), **row})
+            bar.update(int(1000 * self.progress()) - bar.n)
+            if "loss" in row:  # else it was left out, or comes later (--graph)
+                dice = next(v for k, v in row.items() if k.endswith("_dice"))
+                numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
+                bar.set_postfix_str(f"step {row.get('step', self.step)}  {numbers}")
+            if stopping or time.monotonic() - saved >= 60 * c.checkpoint_minutes:
+                self.save("last.pt", now=False)  # once the next loss is finite
+                saved = time.monotonic()
+            if stopping:
+                raise Stopped(int(stopping))
 
     # ---------------------------------------------------------------------------------- validation
     def predict(self, case: data.CachedCase, last: bool) -> tuple[np.ndarray, float | None]:
@@ -424,7 +524,7 @@ class Run:
             if last:
                 self.report(rows)
         self.finished = last  # a run that is killed before this line validates again
-        self.save("last.pt")
+        self.save("last.pt", now=last)
 
     def report(self, rows: list[dict]) -> None:
         """The end of a run: its table, the best SUV threshold for comparison, its pictures."""
@@ -485,50 +585,66 @@ def progress_bar(share: float) -> tqdm:
     )
 
 
-def code_version() -> dict[str, str]:
-    """What wrote a checkpoint: the commit, or without git a hash of the sources; and PyTorch."""
-    here = Path(__file__).parent
-
-    def git(*words, check=False):
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=check)
-
-    try:
-        code = git("describe", "--always", check=True).stdout.strip()
-        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
-        code += "-dirty" if changed else ""
-    except (OSError, subprocess.CalledProcessError):
-        sources = sorted([*here.glob("*.py"), *here.glob("kernels/*.py")])
-        code = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
-    return {"code": code, "torch": str(torch.__version__)}
-
-
-def ignore_interrupts(_: int) -> None:
-    """In a loader process: Ctrl-C reaches the whole group, but loaders must finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def prepare_folder(c: Config) -> None:
     """Choose or check the run folder; never write into one that exists unless asked to."""
     if not c.out:
-        base = f"runs/{c.data}-{c.model}-fold{c.fold}"
+        base = f"runs/{c.data}-{c.model}-" + ("folds" if c.fold == ALL_FOLDS else f"fold{c.fold}")
         names = [base] + [f"{base}-{i}" for i in range(2, 10_000)]
         c.out = next(name for name in names if not Path(name).exists())
     folder = Path(c.out)
     if folder.is_file():
         raise UserError(f"--out {folder}: a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not c.resume:
-        if not c.overwrite:
-            ways = "continue it with --resume, or replace it with --overwrite"
-            raise UserError(f"{folder} holds a run; name another with --out, {ways}")
-        written = "metrics.jsonl last.pt best.pt curves.png validation.png validation.csv"
-        for name in (*written.split(), "config.json"):
-            (folder / name).unlink(missing_ok=True)
+    if any(folder.glob("[!.]*")) and not (c.resume or c.overwrite):
+        ways = "continue it with --resume, or replace it with --overwrite"
+        raise UserError(f"{folder} holds a run; name another with --out, {ways}")
+    if (folder / ("last.pt" if c.fold == ALL_FOLDS else "fold0")).exists():
+        raise UserError(f"{folder} holds one run, or one per fold, and the other is asked for")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    clean_parts(folder)
+    with processes.lock_folder(folder):
+        files.clean_parts(folder, alone=True)
+        written = "metrics.jsonl last.pt best.pt curves.png validation.png validation.csv"
+        for name in (*written.split(), "config.json", "nonfinite.pt"):
+            if c.overwrite and not c.resume:
+                (folder / name).unlink(missing_ok=True)
 
 
+def train_fold(c: Config, train: list, val: list, again: str) -> None:
+    """Make one run, alone in its folder. again: the folder that a stopped one is resumed with."""
+    folder = Path(c.out)
+    first = parallel.rank() == 0
+    with processes.lock_folder(folder) if first else contextlib.nullcontext():
+        run = Run(c, train, val)
+        run.again = again
+        if c.resume:
+            run.resume()  # refuses options that do not fit before anything is written
+        if first:
+            files.write_file(folder / "config.json", json.dumps(c.to_dict(), indent=1) + "\n")
+        count = sum(p.numel() for p in run.model.parameters())
+        say(f"{c.differences()}; all options in {folder / 'config.json'}")
+        studies = f"{len(train)} studies to train on, {len(val)} held out"
+        say(f"{c.model}, {count:,} parameters, {studies}, on {c.device} -> {folder}")
+        if run.finished and run.progress() == 1:
+            say(f"this run is finished (step {run.step}); to go further, give --steps or --minutes")
+        else:
+            run.train()
+
+
+def train_all_folds(c: Config, sides: list) -> None:
+    """A run per fold, one after the other, in OUT/fold0, OUT/fold1, ..."""
+    if parallel.rank() == 0:
+        content = json.dumps(c.to_dict(), indent=1) + "\n"
+        files.write_file(Path(c.out) / "config.json", content)
+    for fold, (train, val) in enumerate(sides):
+        resume = c.resume or not c.overwrite
+        one = dataclasses.replace(c, fold=fold, out=f"{c.out}/fold{fold}", resume=resume)
+        if parallel.rank() == 0:
+            prepare_folder(one)
+        train_fold(one, train, val, c.out)
+    say(f"for their ensemble: python predict.py --checkpoint {c.out}/fold*/best.pt ...")
+
+
+@processes.clear_errors()
 def main(argv: list[str]) -> None:
     """Options -> a trained network in its run folder. Raises UserError for what users can fix."""
     c = parse_config(argv, "Train a Mirror U-Net or a baseline on PET/CT or brain MR.")
@@ -536,28 +652,14 @@ def main(argv: list[str]) -> None:
         build_model(c)
     parallel.start(c.device)
     with parallel.first_alone():
-        train, val = load_cases(c)
+        sides = load_folds(c)
     if parallel.rank() == 0:
         prepare_folder(c)
     c.out = parallel.share(c.out)
-    run = Run(c, train, val)
-    if c.resume:
-        run.resume()  # refuses options that do not fit before anything is written
-    if parallel.rank() == 0:
-        with atomic_write(run.folder / "config.json") as part:
-            part.write_text(json.dumps(c.to_dict(), indent=1) + "\n")
-    count = sum(p.numel() for p in run.model.parameters())
-    say(f"{c.differences()}; all options in {run.folder / 'config.json'}")
-    studies = f"{len(train)} studies to train on, {len(val)} held out"
-    say(f"{c.model}, {count:,} parameters, {studies}, on {c.device} -> {run.folder}")
-    if run.finished and run.progress() == 1:
-        say(f"this run is finished (step {run.step}); to go further, give --steps or --minutes")
+    if c.fold == ALL_FOLDS:
+        train_all_folds(c, sides)
     else:
-        try:
-            run.train()
-        except torch.OutOfMemoryError:
-            advice = "use a smaller --batch or --patch, or --amp bf16; then continue with --resume"
-            raise UserError(f"the GPU's memory is full: {advice}") from None
+        train_fold(c, *sides[0], c.out)
     parallel.stop()
 
 

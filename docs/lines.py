@@ -34,7 +34,8 @@ CORE = {
 }
 SUPPORT = {
     "layouts.py": "folders of studies in any layout → cases",
-    "files.py": "images read with care, atomic writes, clear errors",
+    "files.py": "clear errors, atomic writes, JSON and images read with care",
+    "processes.py": "locks, child processes, cores and memory",
     "parallel.py": "several processes that equal one with the joined batch",
     "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",
 }

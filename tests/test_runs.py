@@ -23,6 +23,7 @@ from test_predict import checkpoint
 from test_train import SMALL, make_run
 
 import data
+import files
 import kernels
 import parallel
 import phantom
@@ -73,8 +74,7 @@ def names_in(folder: Path) -> set[str]:
 # ------------------------------------------------------------------------------------- killed runs
 def kill_during_a_checkpoint(process: subprocess.Popen, folder: Path) -> None:
     """Send SIGKILL while last.pt is being written under its temporary name."""
-    part = folder / f".{process.pid}.last.pt"
-    while process.poll() is None and not part.exists():
+    while process.poll() is None and not any(folder.glob(f".{process.pid}.*.last.pt")):
         pass
     process.kill()
 
@@ -117,7 +117,7 @@ def test_a_run_killed_at_random_moments_logs_the_same_bits(studies, tmp_path, ki
             kill_while_training(process, folder, rng.uniform(0, 0.4))
         process.wait()
         assert process.returncode == -signal.SIGKILL, "the run ended before the kill: lengthen it"
-        in_writing += (folder / f".{process.pid}.last.pt").exists()
+        in_writing += any(folder.glob(f".{process.pid}.*.last.pt"))
     assert in_writing >= 1
 
     last = call(["--resume", "--out", folder])
@@ -156,7 +156,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_continue(studies, tmp_p
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     steps = len(log_of(folder))
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGTERM  # as shells expect
     command = f"python train.py --resume --out {folder}"
     assert err.splitlines()[-1] == f"stopped after step {steps}; to continue: {command}"
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == steps
@@ -255,12 +255,25 @@ def test_atomic_write_keeps_a_folder_that_another_process_wrote_first(tmp_path):
 def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".{dead.pid}.last.pt").touch()
-    (tmp_path / f".{dead.pid}.entry").mkdir()
-    (tmp_path / f".{os.getpid()}.last.pt").touch()  # of a living process
-    (tmp_path / ".notes").touch()
+    here = files._place()
+    (tmp_path / f".{dead.pid}.{here}.last.pt").touch()
+    (tmp_path / f".{dead.pid}.{here}.entry").mkdir()
+    kept = {
+        f".{os.getpid()}.{here}.last.pt",  # of a living process
+        f".{dead.pid}.0123abcd.last.pt",  # of another host, where that process may live
+        ".notes", ".2024.notes.txt",
+    }  # fmt: skip
+    for name in kept:
+        (tmp_path / name).touch()
     clean_parts(tmp_path)
-    assert names_in(tmp_path) == {f".{os.getpid()}.last.pt", ".notes"}
+    assert names_in(tmp_path) == kept
+    old = tmp_path / f".{dead.pid}.89abcdef.last.pt"
+    old.touch()
+    os.utime(old, (0, 0))  # no process writes for that long
+    clean_parts(tmp_path)
+    assert names_in(tmp_path) == kept
+    clean_parts(tmp_path, alone=True)
+    assert names_in(tmp_path) == {".notes", ".2024.notes.txt"}
 
 
 # -------------------------------------------------------------------------------- several processes
