@@ -164,7 +164,7 @@ def test_the_moving_average_counts_each_weight_once(arguments):
 
 def test_a_time_limit_ends_a_run_and_its_schedule(arguments, monkeypatch):
     monkeypatch.setattr(Run, "report", lambda *_: None)  # pictures take time
-    run = make_run([*arguments, "--model", "v1", "--steps", "100000", "--minutes", "0.01"])
+    run = make_run([*arguments, "--model", "v1", "--steps", "100000", "--minutes", "0.02"])
     run.train()
     assert run.progress() == 1 and 0 < run.step < 100_000
     rates = [row["lr"] for row in log_of(run.folder) if "lr" in row]
