@@ -184,9 +184,10 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_results(path: Path) -> list[dict]:
     """`read_rows` of a SOURCE.csv. Raises UserError unless it is one that replicate.py wrote."""
-    texts = "study preset system case target commit options run dice fpv_ml fnv_ml".split()
+    texts = "study preset system case target commit options run has_tumor".split()
     counts = "fold folds seed steps".split()
-    values = [name for name in MEASURES if "negative" not in name] + ["tumor_score", "seconds"]
+    values = "dice fpv_ml fnv_ml tumor_score".split()
+    later = "ct_clean ct_noise ct_shuffle seconds".split()  # older files may lack these
     line = 1
     try:
         rows = read_rows(path)
@@ -197,7 +198,8 @@ def read_results(path: Path) -> list[dict]:
             if not re.fullmatch(r"[\w-]+", row["study"]):  # part of a file's name
                 raise ValueError(f"study {row['study']!r:.40}")
             numbers = [int(row[name]) for name in counts]
-            numbers += [float(row.get(name) or 0) for name in values]
+            row |= {name: row.get(name, "") for name in later}
+            numbers += [float(row[name] or 0) for name in values + later]
             if min(numbers[:4]) < 0 or not np.isfinite(np.array(numbers, float)).all():
                 raise ValueError(f"a number out of range: {numbers!s:.80}")
     except (OSError, KeyError, ValueError, OverflowError, csv.Error) as e:

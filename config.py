@@ -64,7 +64,7 @@ class Config:
     root: str = option("", "folder of the studies; the phantoms need none")
     patient_regex: str = option("", "what it matches in a study's name is the patient")
     label_values: tuple[int, ...] = number(
-        (), -(2**15), 2**16, "PET/CT: values in the truth that are tumor; default: 1"
+        (), -(2**15), 2**16, "PET/CT: values in the truth that are tumor, and no others; default: 1"
     )
     label_nonzero: bool = option(False, "PET/CT: all values in the truth but 0 are tumor")
     cache: str = option("cache", "folder for preprocessed studies")

@@ -178,7 +178,10 @@ def read_label(case: Case) -> nib.Nifti1Image:
     data = image.get_fdata(dtype=np.float32)
     roles = dict(case.roles or (MSD if case.channels else [(1, "tumor")]))
     codes = [int(c) if c == int(c) else float(c) for c in np.unique(data[data != 0])]
-    if None not in roles and not set(codes) <= set(roles):
+    others = sorted(set(codes) - set(roles))
+    if others and roles.get(None) == "none":
+        note(f"{case.label}: {others!s:.80} are not tumor, as --label-values says", kind="labels")
+    elif others and None not in roles:
         advice = 'name them in dataset.json ("labels")'
         if "tumor" in roles.values():
             advice = "say which are tumor with --label-values, or all but 0: --label-nonzero"
@@ -410,7 +413,7 @@ def read_splits(path, cases) -> list[dict[str, list[str]]]:
         val = {patient_of[name] for name in fold["val"]}
         if train & val:
             problem = f"fold {i} has {sorted(train & val)[:3]} in training and validation"
-            raise UserError(f"{path}: {problem}: scores would be too good")
+            raise UserError(f"{path}: {problem}: scores would be too good; give other --splits")
         if not train or not val:
             raise UserError(f"{path}: fold {i} has an empty side")
     return folds

@@ -31,7 +31,7 @@ class Case:
     images: tuple[Path | None, ...]
     label: Path | None
     channels: tuple[int, ...] = ()  # brain, one file: which channels are T2w and FLAIR
-    roles: tuple[tuple[int | None, str], ...] = ()  # label code -> one of ROLES; None: all but 0
+    roles: tuple[tuple[int | None, str], ...] = ()  # label code -> one of ROLES; None: the others
     own_grid: bool = False  # whether the label may be on another grid than the last image
 
     def files(self) -> list[Path]:
@@ -61,7 +61,8 @@ def find_cases(
         complete: True for training. For prediction, CT and truth may be missing (None), and
             imagesTs is searched, too.
         patient_regex: what it matches of a study's name (or its first group) is the patient.
-        label_values: PET/CT: the values of the truth that mean tumor; None means all but 0.
+        label_values: PET/CT: the values of the truth that mean tumor, and others do not; None means
+            all but 0.
 
     Returns the studies and a line about them. Raises UserError if there are none, for missing
     files, for two studies of one name, and for labels of unknown meaning.
@@ -81,6 +82,8 @@ def find_cases(
         advice = f"expected {wanted} or another layout of docs/data.md"
         raise UserError(f"{root}: no studies in its {count} NIfTI files{first}; {advice}")
     roles = tuple((value, "tumor") for value in label_values)
+    if roles and None not in label_values:
+        roles = ((None, "none"), *roles)
     if roles and task == "brain":
         raise UserError("--label-values, --label-nonzero: only for PET/CT, which has one label")
     if not roles and layout in ("nnU-Net", "MSD"):
@@ -339,6 +342,7 @@ def safe_name(name) -> str:
 
 DATE = (
     r"\d{4}-\d\d-\d\d|\d\d-\d\d-\d{4}"
+    r"|(?:19|20)\d\d[._][01]\d[._][0-3]\d(?!\d)|[0-3]\d[._][0-3]\d[._](?:19|20)\d\d(?!\d)"
     r"|(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d)"
 )
 VISIT = r"(?:visit|ses|session|timepoint|tp|baseline|followup)-?\d{0,3}(?![a-z0-9])"

@@ -18,11 +18,13 @@ from claims import (
     bootstrap_means,
     interval,
     judge,
+    read_results,
     read_rows,
     values_of,
     verdict,
 )
 from evaluate import write_table
+from files import UserError
 
 
 # ---------------------------------------------------------------------------------------- intervals
@@ -219,3 +221,52 @@ def test_each_target_of_the_brain_has_its_table_and_figure(tmp_path):
     assert (tmp_path / "brain_core.png").exists() and (tmp_path / "brain_edema.png").exists()
     assert "| v2 | v1 | Dice, core | 18 | 0.100" in text
     assert "**inconclusive** | 2 of 8 |" in text
+
+
+# ----------------------------------------------------------------------------------- broken results
+ROW = {
+    "study": "s", "preset": "laptop", "system": "v1", "fold": "0", "folds": "1", "seed": "0",
+    "case": "P", "target": "seg", "dice": "0.5", "fpv_ml": "1", "fnv_ml": "", "has_tumor": "True",
+    "tumor_score": "", "steps": "9", "commit": "c", "options": "--model v1", "run": "k",
+}  # fmt: skip
+
+
+def test_a_file_of_results_may_be_older_and_from_a_spreadsheet(tmp_path):
+    text = "\ufeff" + ",".join(ROW) + "\r\n" + ",".join(ROW.values()) + "\r\n"
+    (tmp_path / "r.csv").write_bytes(text.encode())
+    (row,) = read_results(tmp_path / "r.csv")
+    assert row == ROW | dict.fromkeys(("ct_clean", "ct_noise", "ct_shuffle", "seconds"), "")
+    assert read_results(tmp_path / "none.csv") == []
+
+
+@pytest.mark.parametrize(
+    "column,values",
+    [
+        ("study", ["../..", "a/b", "", "a\nb", "/tmp/x"]),
+        ("fold", ["x", "", "-1", "1.5", "9" * 5000]),
+        ("dice", ["x", "nan", "inf", "1e999"]),
+        ("run", [None]),
+        ("target", [None]),
+    ],
+)
+def test_results_that_replicate_did_not_write_are_refused_in_a_line(tmp_path, column, values):
+    for value in values:
+        write_table([ROW, ROW | {column: value}], tmp_path / "petct.csv")
+        if value is None:
+            write_table([{k: v for k, v in ROW.items() if k != column}], tmp_path / "petct.csv")
+        with pytest.raises(UserError) as caught:
+            claims.report(tmp_path, "petct")
+        message = str(caught.value)
+        assert str(tmp_path / "petct.csv") in message and len(message.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["petct.csv"]
+
+
+NO_TABLES = [b"\xe7", b"study\n\x00", None, b"study,run\ns\n", b"a\n1,2,3\n"]
+
+
+@pytest.mark.parametrize("content", NO_TABLES)
+def test_a_file_that_is_no_table_of_results_is_refused(tmp_path, content):
+    path = tmp_path / "petct.csv"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="petct.csv"):
+        read_results(path)

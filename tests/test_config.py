@@ -485,3 +485,8 @@ def words_of(f, c: Config) -> list[str]:
     if isinstance(value, bool):
         return [option_of(f) if value else option_of(f).replace("--", "--no-")]
     return [option_of(f), *map(str, value if isinstance(value, tuple) else [value])]
+
+
+def test_a_run_folder_whose_name_is_too_long_is_refused():
+    with refused("cannot be written", "File name too long"):
+        parse_config(["--resume", "--out", "o" * 300])

@@ -129,7 +129,7 @@ def test_folds_that_come_with_the_data_are_used(nnunet, capsys):
     assert "1 studies to train on, 2 held out" in capsys.readouterr().out
     folds[0]["val"] = ["fdg_a_2002"]
     (nnunet / "splits_final.json").write_text(json.dumps(folds))
-    with refused("splits_final.json", "fdg_a_2002", "in training and validation"):
+    with refused("splits_final.json", "fdg_a", "in training and validation", "--splits"):
         train_on(nnunet, "petct", "--overwrite")
 
 
@@ -146,11 +146,13 @@ def test_the_options_for_patients_and_labels_reach_the_data(nnunet, capsys):
 
     def volumes(*words) -> list[bool]:
         run(predict, "--checkpoint", weights, "--root", nnunet, "--out", out, *words)
-        return [row["truth_ml"] != "" for row in table(out / "metrics.csv")]
+        return [float(row["truth_ml"]) > 0 for row in table(out / "metrics.csv")]
 
     assert volumes() == [True] * 4  # as in training
-    assert volumes("--label-values", 1) == [False] * 4
     assert volumes("--label-values", 255) == [True] * 4
+    capsys.readouterr()
+    assert volumes("--label-values", 1) == [False] * 4
+    assert capsys.readouterr().out.count("[255] are not tumor, as --label-values says") == 1
 
 
 def test_labels_that_are_not_understood_do_not_stop_a_prediction(nnunet, tmp_path, capsys):

@@ -16,6 +16,7 @@ from test_predict import checkpoint, run, table, voxels
 
 import phantom
 import predict
+from config import Config
 from data import Case
 from predict import load_model, refuse_overwriting
 
@@ -131,6 +132,14 @@ def test_an_earlier_prediction_may_be_replaced(studies, weights):
     refuse_overwriting([out / "new.nii"], [out / "missing.nii"])
 
 
+def test_a_folder_where_a_mask_would_be_is_found_before_the_first_mask(studies, weights):
+    out = studies.parent / "out"
+    (out / "P1.nii.gz").mkdir(parents=True)
+    with refused("P1.nii.gz is a folder; choose another name"):
+        run(weights, "--root", studies, "--out", out)
+    assert names_in(out) == {"P1.nii.gz"}
+
+
 # ------------------------------------------------------------------------------- the whole folder
 def test_a_run_says_how_far_it_is(studies, weights, capsys):
     run(weights, "--root", studies, "--out", studies.parent / "out")
@@ -211,6 +220,17 @@ def test_v1_to_v3_do_not_open_the_ct(studies, weights):
                 "--out", out.with_name("n.nii"))
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 16), (16, 1, 16), (16, 16, 1), (1, 1, 1)])
+def test_a_study_that_is_one_voxel_wide(tmp_path, shape):
+    seg = np.ones(shape)
+    write_petct(tmp_path / "in" / "P", seg + 1, seg=seg, affine=make_affine("LAS", (8, 8, 8)))
+    out = tmp_path / "out"
+    run(checkpoint(tmp_path / "w.pt", model="v4"), "--root", tmp_path / "in", "--out", out)
+    assert voxels(out / "P.nii.gz").shape == shape
+    (row,) = table(out / "metrics.csv")
+    assert float(row["truth_ml"]) == pytest.approx(0.512 * np.prod(shape))
+
+
 def test_a_single_file_is_named_after_the_folder_of_its_study(studies, weights, capsys):
     own = studies.parent / "patient7.nii.gz"
     shutil.copy(studies / "P0" / "SUV.nii.gz", own)
@@ -278,6 +298,13 @@ def test_finite_weights_whose_probabilities_are_not_are_refused(studies, tmp_pat
     with refused("P0", "probabilities are NaN"):
         run(tmp_path / "n.pt", "--pet", studies / "P0/SUV.nii.gz", "--out", tmp_path / "m.nii")
     assert not (tmp_path / "m.nii").exists()
+
+
+def test_a_score_of_the_patient_that_is_not_finite_is_refused(monkeypatch):
+    found = torch.zeros(1, 2, 2, 2), np.nan
+    monkeypatch.setattr(predict, "predict_image", lambda *_, **__: found)
+    with refused("P0", "NaN"):
+        predict.predict_ensemble([(None, Config())], torch.zeros(1, 2, 2, 2), "P0")
 
 
 def test_a_flipped_bit_anywhere_in_a_tensor_is_found(tmp_path, weights):
