@@ -341,7 +341,8 @@ def safe_name(name) -> str:
 
 
 DATE = (
-    r"\d{4}[-._]\d\d[-._]\d\d|\d\d[-._]\d\d[-._]\d{4}"
+    r"\d{4}-\d\d-\d\d|\d\d-\d\d-\d{4}"
+    r"|(?:19|20)\d\d[._][01]\d[._][0-3]\d(?!\d)|[0-3]\d[._][0-3]\d[._](?:19|20)\d\d(?!\d)"
     r"|(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d)"
 )
 VISIT = r"(?:visit|ses|session|timepoint|tp|baseline|followup)-?\d{0,3}(?![a-z0-9])"

@@ -163,11 +163,11 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError, RuntimeError, UserError) as e:
-        lines = str(e).strip().splitlines() or [""]
         if isinstance(e, UserError):
-            if "DataLoader worker" not in lines[0]:
+            if "in DataLoader worker" not in str(e):
                 raise
-            raise UserError(lines[-1].partition(": ")[2]) from None  # the last line of a traceback
+            last = str(e).strip().removesuffix("\\n").split("\\n")[-1]  # of its traceback
+            raise UserError(last.partition(": ")[2]) from None
         if isinstance(e, MemoryError):
             raise UserError(f"memory is full: {SMALLER}") from None
         for words, advice in CAUSES.items():

@@ -19,7 +19,7 @@ KEPT = sorted((HERE / "kept").glob("*.*"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
-def test_what_was_found_once_is_mended(path, tmp_path):
+def test_what_was_found_once_is_fixed(path, tmp_path):
     kind = next(k for k, v in inputs.KINDS.items() if path.name.endswith("." + v.name))
     outcome, detail = judge.judge(kind, path.read_bytes(), tmp_path)
     assert outcome in judge.OUTCOMES[:2], detail

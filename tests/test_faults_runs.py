@@ -278,12 +278,17 @@ def test_a_broken_cache_entry_is_made_again(run_args, tmp_path, name, capsys):
         assert all(np.array_equal(k.array("image"), good[k.name]) for k in found)
 
 
-def test_an_array_that_is_lost_during_a_run_is_a_line(run_args, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_array_that_is_lost_during_a_run_is_a_line(run_args, tmp_path, monkeypatch, workers):
     run = make_run(run_args)
     for entry in (tmp_path / "cache").iterdir():
         (entry / "image.npy").unlink()
-    with refused("image.npy", "removed or changed while it was used", "next run"):
+    monkeypatch.setattr(parallel, "loaders", lambda *_: workers)
+    with pytest.raises(UserError) as e, processes.clear_errors():
         run.train()
+    path, problem = str(e.value).split(": ", 1)
+    assert Path(path).name == "image.npy" and Path(path).is_relative_to(tmp_path / "cache")
+    assert problem.startswith("removed or changed while it was used") and "next run" in problem
 
 
 def edit(path: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_data import make_affine, refused, save, write_petct
 from test_predict import checkpoint, run, table, voxels
 
@@ -356,3 +359,37 @@ def test_a_study_is_predicted_from_python_without_its_broken_truth(studies, tmp_
     assert nib.load(tmp_path / "m.nii.gz").shape == (16, 16, 16)
     whole = dataclasses.replace(case, label=None)
     assert predict.predict_study([load_model(weights)], whole, tmp_path / "m.nii.gz").problem == ""
+
+
+# ---------------------------------------------------------------------------------- a whole body
+WRITE = """
+import nibabel as nib, numpy as np
+fine, other = np.diag([-1.65, 1.65, 1.65, 1]), np.diag([-1.7, 1.7, 1.65, 1])
+image = np.zeros((400, 400, 1000), np.int16)
+image[60:340, 100:300, 20:980] = 10
+image[150:170, 150:170, 300:320] = 80
+nib.save(nib.Nifti1Image(image / np.float32(10), fine), "in/P/SUV.nii")
+nib.save(nib.Nifti1Image(image, other), "in/P/CTres.nii")
+nib.save(nib.Nifti1Image((image > 50).astype(np.uint8), fine), "in/P/SEG.nii")
+"""
+PREDICT = """
+import resource, sys, predict
+predict.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["v1", "v4"])
+def test_a_total_body_of_160_million_voxels_takes_less_than_3_gb(tmp_path, model):
+    """With a CT on its own grid and a truth."""
+    weights = checkpoint(tmp_path / "w.pt", model=model, spacing=(4, 4, 4), patch=(64, 64, 64))
+    (tmp_path / "in" / "P").mkdir(parents=True)
+    words = ["--checkpoint", str(weights), "--root", "in", "--out", "out", "--threshold", "0.9"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for code in (WRITE, PREDICT):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "P.nii.gz").exists()
+    assert float(done.stdout.split()[-1]) < 3  # GB

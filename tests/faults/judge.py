@@ -106,7 +106,7 @@ def judge_all(jobs: list[tuple[str, int, tuple[int, ...]]]) -> Iterator[Result]:
         os.close(write)
         rest, hung = b"", False
         while True:
-            if not select.select([read], [], [], WAIT)[0]:  # it waits, or is in C: no alarm
+            if not select.select([read], [], [], WAIT)[0]:  # in C, where no alarm is heard
                 os.kill(child, signal.SIGKILL)
                 hung = True
                 break

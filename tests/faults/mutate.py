@@ -112,7 +112,8 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
         return damage(content, rng)
     if rng.random() < 0.1:
         whole = json.dumps(rng.choice(VALUES)).encode()
-        return rng.choice([whole, b"[" * 100_000, content.decode().encode("utf-16"), b"\xff\xfe{"])
+        wide = content.decode(errors="replace").encode("utf-16")
+        return rng.choice([whole, b"[" * 100_000, wide, b"\xff\xfe{"])
     holder = value = [value]
     place: Any = 0
     while isinstance(holder[place], list | dict) and holder[place] and rng.random() < 0.85:
