@@ -587,7 +587,8 @@ def _run(plan: Callable, *numbers: float, **tensors: Tensor | None) -> dict[str,
     with torch.cuda.device_of(x):  # Triton launches on the current GPU and stream
         if signature not in _PLANS:
             launches = plan(*numbers, **tensors)
-            used = {k: t for _, _, given in launches for k, t in given.items() if _is_tensor(t)}
+            pairs = [pair for _, _, given in launches for pair in given.items()]
+            used = {k: t for k, t in pairs if isinstance(t, Tensor)}
             new = [(k, t.shape, t.dtype) for k, t in used.items() if k not in tensors]
             _PLANS[signature] = new, [_start(*launch) for launch in launches]
             return tensors | used
@@ -612,7 +613,8 @@ def _start(kernel, grid: tuple, given: dict) -> tuple[Callable, list, list]:
     expected, or in the interpreter, every launch is an ordinary one.
     """
     arguments = [given[name] for name in kernel.arg_names]
-    places = [(i, name) for i, name in enumerate(kernel.arg_names) if _is_tensor(given[name])]
+    named = enumerate(kernel.arg_names)
+    places = [(i, name) for i, name in named if isinstance(given[name], Tensor)]
     for i, _ in places:
         arguments[i] = None
     compiled = kernel[grid](**given)
@@ -628,10 +630,6 @@ def _start(kernel, grid: tuple, given: dict) -> tuple[Callable, list, list]:
         start(*grid, 1, 1, stream, *handle, *values)
 
     return launch, arguments, places
-
-
-def _is_tensor(value) -> bool:
-    return isinstance(value, Tensor)
 
 
 # ------------------------------------------------------------------------- autograd and custom ops
@@ -734,16 +732,11 @@ def norm_act(x, *options, **named) -> Tensor:
 
 
 class NormAct(torch.nn.InstanceNorm3d):
-    """A drop-in for `nn.InstanceNorm3d`, (B, C, D, H, W) or (C, D, H, W), and for what follows it.
+    """A drop-in for `nn.InstanceNorm3d`, whose arguments it takes and whose state dict it loads.
 
-    Takes the arguments of `nn.InstanceNorm3d` and loads its state dict.
-
-    Args:
-        slope: None: norm alone; a number: LeakyReLU; a tensor of 1 or C values: PReLU, learned. A
-            state dict without "slope" leaves it as it is.
-
-    forward(x, residual=None) adds the residual. Raises ValueError for track_running_stats=True, as
-    the statistics are always those of x.
+    slope: None: norm alone; a number: LeakyReLU; a tensor of 1 or C values: PReLU, learned. A state
+    dict without "slope" leaves it as it is. Statistics are those of x (B, C, D, H, W) or
+    (C, D, H, W): track_running_stats=True is a ValueError. The residual is added last.
     """
 
     def __init__(self, *options, slope: Tensor | float | None = None, **named):
