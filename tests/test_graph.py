@@ -124,7 +124,6 @@ def unlaunched(monkeypatch):
     monkeypatch.setattr(norm_act_file, "_PLANS", {})
     monkeypatch.setattr(dice_ce_file, "_run", lambda kernel, grid, args: args)
     monkeypatch.setattr(kernels, "_on_triton", lambda x: True)
-    monkeypatch.setattr(train, "code_version", lambda: {})
 
 
 def new_run(model: str, task: str, **options) -> train.Run:
