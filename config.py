@@ -262,10 +262,10 @@ class Config:
             names = f"{unknown[:5]!r:.200}"
             raise UserError(f"{source}: unknown options {names}; written by another version?")
         before = {f.name: f.metadata["before"] for f in FIELDS.values()}
-        checked = {name: value for name, value in before.items() if value is not None}
+        checked: dict[str, typing.Any] = {k: v for k, v in before.items() if v is not None}
         for name, value in values.items():
             try:
-                checked[name] = check_value(FIELDS[str(name)], value)
+                checked[str(name)] = check_value(FIELDS[str(name)], value)
             except ValueError as e:
                 raise UserError(f"{source}: option {name}: {e}") from None
         return cls(**checked)

@@ -91,8 +91,8 @@ def move_towards(means: list[Tensor], tensors: list[Tensor], share: float | Tens
     A share that is a tensor can change between replays; a number would be recorded.
     """
     if isinstance(share, Tensor):
-        ways = torch._foreach_sub(tensors, means)
-        torch._foreach_mul_(ways, share)
-        torch._foreach_add_(means, ways)
+        ways = torch._foreach_sub(tensors, means)  # type: ignore
+        torch._foreach_mul_(ways, share)  # type: ignore
+        torch._foreach_add_(means, ways)  # type: ignore
     else:
         torch._foreach_lerp_(means, tensors, share)  # type: ignore

@@ -237,9 +237,10 @@ class LightDecoder(nn.Sequential):
         widths = [in_channels or 2 * c5, c3, c2, c1, out_channels]
         *steps, last = zip(widths, widths[1:])
         layers = [UpLayer(i, o, norm) for i, o in steps]
-        super().__init__(*layers, UpLayer(*last, norm, top=norm == "instance"))
+        top = UpLayer(*last, norm, top=norm == "instance")
+        super().__init__(*layers, top)
         if norm == "instance":  # start smooth: no skip brings the details that noise could become
-            weight, hat = self[-1].up.conv.weight, torch.tensor([0.5, 1.0, 0.5])
+            weight, hat = top.up.conv.weight, torch.tensor([0.5, 1.0, 0.5])
             linear = hat[:, None, None] * hat[:, None] * hat  # interpolates linearly
             weight.data = weight.data[..., 1:2, 1:2, 1:2] * linear * 27 / 8
 
@@ -342,7 +343,7 @@ class MirrorUNet(nn.Module):
             w = torch.tensor(0.5 if learnable else float(ct_weight))
             self.ct_weight = nn.Parameter(w) if learnable else nn.Buffer(w)
         for module in self.modules():
-            module.released = norm == "batch"  # see kernels/recompute.py
+            module.released = norm == "batch"  # type: ignore  # see kernels/recompute.py
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
         self.check_input(x.shape, channels=2)
