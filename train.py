@@ -340,7 +340,7 @@ class Run:
         numbers = parallel.mean(numbers).tolist()  # one transfer from the GPU
         row = self.judge(dict(zip(self.names, numbers)) | {"lr": lr}, given)
         if "skipped" not in row:
-            self.update()
+            self.update(self.rates[1])
         for tensor, before in zip(self.model.buffers(), buffers if "skipped" in row else []):
             tensor.copy_(before)
         return row
@@ -352,6 +352,7 @@ class Run:
         --graph this is what is recorded: nothing here may ask the host.
         """
         c = self.c
+        buffers = [t.clone() for t in self.model.buffers()] if self.graph else []
         batch = {"image": image, "label": label, "tumor": tumor}
         with autocast(self.device.type, c.amp):
             outputs = self.forward(x)
@@ -360,24 +361,30 @@ class Run:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
-        if self.graph:  # the host sees too late that a number is not finite: change no weight then
-            finite = (loss.detach() + norm).isfinite()
+        if self.graph:  # the host sees too late that a number is not finite: change nothing then
+            finite = loss.detach().isfinite() & (norm < self.largest)
             self.optimizer.found_inf = 1 - finite.float()  # type: ignore
-            self.update()
+            for tensor, before in zip(self.model.buffers(), buffers):
+                tensor.copy_(torch.where(finite, tensor, before))
+            self.update(self.rates[1] * finite)
         self.names = ("loss", *parts, "grad_norm")
         return torch.stack([loss.detach(), *parts.values(), norm])
 
-    def update(self) -> None:
-        """Change the weights by their gradients, and move the averaged weights."""
+    @property
+    def largest(self) -> float:
+        """The norm of a gradient must be smaller: Adam has to square gradients."""
+        return math.inf if self.c.clip else 1e18
+
+    def update(self, share: float | Tensor) -> None:
+        """Change the weights by their gradients, and the averaged ones by a share of the way."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.c.ema:
-            move_towards(self.ema_tensors, self.model_tensors, self.rates[1])
+            move_towards(self.ema_tensors, self.model_tensors, share)
 
     def judge(self, row: dict[str, float], batch: dict[str, Tensor]) -> dict[str, float]:
         """The row of a step; if its numbers are not finite, what `skip` says of it."""
-        largest = math.inf if self.c.clip else 1e18  # a gradient that Adam can square
-        finite = math.isfinite(row["loss"]) and row["grad_norm"] < largest
+        finite = math.isfinite(row["loss"]) and row["grad_norm"] < self.largest
         if not finite and self.scaler.get_scale() <= 1:  # a larger one is halved instead (fp16)
             return self.skip(batch, row)
         self.usual = self.usual or row["loss"]

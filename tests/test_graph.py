@@ -266,17 +266,20 @@ def test_a_run_with_a_graph_is_the_run_without(arguments, monkeypatch, tmp_path)
             assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight_and_ends_the_run(arguments):  # noqa: F811
-    c = parse_config([*arguments, "--model", "v1", "--steps", "9", "--validations", "1"])
+def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run(arguments):  # noqa: F811
+    options = "--model v3 --steps 9 --validations 1 --ema 0.5 --norm batch".split()
+    c = parse_config([*arguments, *options])
     c.graph = True
+    train.prepare_folder(c)
     run = train.Run(c, *train.load_cases(c))
     batch = next(iter(run.batches()))
     assert run.train_step(batch) == {}
     run.step = 1
-    before = [p.clone() for p in run.model.parameters()]
+    state = [*run.model.state_dict().values(), *run.ema_model.state_dict().values()]
+    before = [t.clone() for t in state]
     row = run.train_step(batch | {"image": batch["image"] * torch.nan})
     assert row["step"] == 1 and row["loss"] > 0
-    assert all(torch.equal(p, b) for p, b in zip(run.model.parameters(), before))
+    assert all(torch.equal(t, b) for t, b in zip(state, before, strict=True))
     with pytest.raises(UserError, match="the loss is nan at step 2"):
         run.note_late()
 
