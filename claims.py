@@ -565,9 +565,9 @@ def rejection(rows: list[dict], p: float) -> tuple[Estimate, Estimate]:
             lost[key] = float(rejected)
         else:
             fpv[key] = 0.0 if rejected else float(r["fpv_ml"])
-    found = estimate(fpv), estimate(lost)
-    assert found[0] and found[1]
-    return found
+    mean_fpv, share_lost = estimate(fpv), estimate(lost)
+    assert mean_fpv and share_lost
+    return mean_fpv, share_lost
 
 
 def threshold_for(rows: list[dict], allowed: float) -> float:
