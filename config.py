@@ -299,8 +299,8 @@ LAPTOP: dict[str, typing.Any] = dict(
 )
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "phantom": LAPTOP | dict(
-        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), batch=4, steps=700, lr=2e-3, flip_axes=(0,),
-        threshold=0.4, validations=3,
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), batch=4, steps=700, lr=4e-3, flip_axes=(0,),
+        validations=3,
     ),
     "petct": LAPTOP | dict(
         data="petct", spacing=(4.0, 4.0, 4.0), suv_window=(0.0, 5.0), patch=(64, 64, 64),
