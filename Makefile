@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: install help train test test-all faults bench tutorials lint figure clean
+.PHONY: install help train test test-all faults bench gpu tutorials lint figure clean
 
 install: $(VENV)/.installed ## set up .venv
 
@@ -43,6 +43,11 @@ bench: install ## run the benchmarks
 	$(PY) benchmarks/kernels.py
 	$(PY) benchmarks/prediction.py
 	$(PY) benchmarks/systems.py
+
+# Needs a GPU, and torch, triton, numpy, scipy, matplotlib, tqdm, pytest and nibabel in the Python
+# that runs it: .venv's if there is one, else PYTHON's. Repeats nothing that it has measured.
+gpu: ## check and time everything on a GPU; ARGS: --dry (on a CPU), --parts step, --minutes 10
+	@py=$(PY); [ -x $$py ] || py=$(PYTHON); $$py benchmarks/gpu.py $(ARGS)
 
 tutorials: install ## run the notebooks from their sources; ARGS: 02 (one), --check (write nothing)
 	$(PY) tutorials/run.py $(ARGS)

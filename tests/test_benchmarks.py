@@ -418,3 +418,48 @@ def test_the_arithmetic_of_a_system_is_that_of_its_convolutions(plain, name, whi
         net(torch.empty(1, 2, 96, 96, 96, device="meta"))
     expected = round(sum(counted) / 1e9, 2)
     assert systems.measure("petct", name, {})[f"{which} GFLOPs"] == expected
+
+
+# -------------------------------------------------------------------------------------- make gpu
+def test_the_gpu_benchmark_runs_dry_and_repeats_nothing(tmp_path):
+    """Without a GPU: kernels against float64, a step of each mode; a second call adds no row."""
+    command = ["gpu.py", "--dry", "--parts", "step", "predict", "--out", str(tmp_path)]
+    done = python(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = tmp_path / "gpu_dry.csv"
+    rows = read_csv(table)
+    assert {row["part"] for row in rows} == {"step", "predict"}
+    assert all(float(row["value"]) > 0 and row["unit"] == "ms" for row in rows)
+    assert {row["case"].split()[-1] for row in rows} == {"eager", "ours"}
+    assert (tmp_path / "gpu_dry.png").stat().st_size > 1000
+    before = table.read_text()
+    again = python(*command)
+    assert again.returncode == 0 and table.read_text() == before
+    assert f"{len(rows)} rows, 0 failed" in again.stdout and "predict  " not in again.stdout
+
+
+def test_the_gpu_benchmark_remembers_failures_and_what_waits(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "DRY", True)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    rows = [("good", lambda: (1.5, "ms", "")), ("bad", broken)]
+    table = gpu.Table(tmp_path / "t.csv", deadline=float("inf"))
+    table.measure("step", iter(rows))
+    assert [row["found"] for row in read_csv(tmp_path / "t.csv")] == ["", "FAILED"]
+    late = gpu.Table(tmp_path / "t.csv", deadline=0)
+    late.measure("step", iter([*rows, ("new", broken)]))
+    assert late.waiting == 2  # "bad" is tried again
+    assert [row["case"] for row in late.rows] == ["good"]
+
+
+@slow
+def test_the_gpu_benchmark_checks_the_kernels_and_trainings_dry(tmp_path):
+    done = python("gpu.py", "--dry", "--parts", "checks", "training", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_csv(tmp_path / "gpu_dry.csv")
+    assert len(rows) == 18 + 2 and all(row["found"] == "ok" for row in rows)
