@@ -45,7 +45,6 @@ from mirror_unet import (
     MirrorUNet,
     ResidualUnit,
     UpLayer,
-    modality,
 )
 
 Output = MirrorOutput | BrainOutput
@@ -121,6 +120,7 @@ class Encoder(nn.ModuleList):
         super().__init__([ResidualUnit(i, o, norm, stride=2) for i, o in zip(widths, widths[1:])])
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        x = x.contiguous()  # else each convolution copies the slice
         features = []
         for down in self:
             x = down(x)
@@ -172,9 +172,9 @@ class OneUNet(Baseline):
         pet_alone = self.reads == ("pet",) and x.shape[1] == 1
         self.check_input(x.shape, channels=1 if pet_alone else 2)
         if self.reads == ("ct",):
-            x = modality(x, 0)
+            x = x[:, 0:1]
         elif self.reads == ("pet",):
-            x = modality(x, -1)
+            x = x[:, -1:]
         return MirrorOutput(seg=self.net.decode(*self.net.encode(x)))
 
 
@@ -194,7 +194,7 @@ class MidFusion(Baseline):
 
     def forward(self, x: Tensor) -> MirrorOutput:
         self.check_input(x.shape)
-        ct, pet = self.ct(modality(x, 0)), self.pet(modality(x, 1))
+        ct, pet = self.ct(x[:, 0:1]), self.pet(x[:, 1:2])
         bottlenecks = [self.ct_bottleneck(ct[3]), self.pet_bottleneck(pet[3])]
         bottleneck = torch.cat(bottlenecks, dim=1)  # (B, 2 c5, D/16, H/16, W/16)
         return MirrorOutput(seg=self.decoder(bottleneck, concatenate_skips(ct, pet)))
@@ -227,7 +227,7 @@ class LateFusion(Baseline):
     def stream(self, number: int, x: Tensor) -> Tensor:
         """Logits (B, 2, D, H, W) from CT (0) or PET (1) alone."""
         net = (self.ct, self.pet)[number]
-        return net.decode(*net.encode(modality(x, number)))
+        return net.decode(*net.encode(x[:, number : number + 1]))
 
     def learn(self, x: Tensor) -> MirrorOutput | Supervised:
         """The training output: a loss for each stream, with equal weights."""
@@ -317,7 +317,7 @@ class Joint(Baseline):
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(B, 2, D, H, W) -> bottleneck (B, c5, D/16, ...), CT's skips, the segmentation's."""
         self.check_input(x.shape)
-        ct, pet = self.ct(modality(x, 0)), self.pet(modality(x, 1))
+        ct, pet = self.ct(x[:, 0:1]), self.pet(x[:, 1:2])
         skips = concatenate_skips(ct, pet) if self.skips == "both" else pet
         return self.bottleneck(torch.cat([ct[3], pet[3]], dim=1)), ct, skips
 
@@ -349,8 +349,8 @@ class BrainRec(MirrorUNet):
 
     def forward(self, x: Tensor, segment: bool = False) -> BrainRecOutput | BrainOutput:
         self.check_input(x.shape)
-        t2w, t2w_skips = self.ct.encode(modality(x, 0))
-        flair, flair_skips = self.pet.encode(modality(x, 1))
+        t2w, t2w_skips = self.ct.encode(x[:, 0:1])
+        flair, flair_skips = self.pet.encode(x[:, 1:2])
         core = self.ct.decode(t2w, t2w_skips)
         edema = self.pet.decode(flair, flair_skips)
         if segment:

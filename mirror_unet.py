@@ -29,10 +29,9 @@ time v1-v3 are PET networks, and `segment` runs only that half. v4's fused logit
 images, and so does the PET reconstruction, since the light decoder reads both bottlenecks. In brain
 MR, core depends on T2w alone, edema on FLAIR alone, and the whole tumor on both.
 
-Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, CellClassifier, MirrorUNet.
-`from_official`, at the end, loads the authors' weights. We differ from their release in two ways:
-instance norm by default (theirs: norm="batch"), with outputs that it leaves free, see NORMS; and a
-classifier that says in which part of the patch the tumor is (theirs: classifier="release").
+Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, CellClassifier, MirrorUNet. We differ
+from the authors' release, whose weights `from_official` loads, in the norm (theirs: norm="batch")
+and in a classifier that says where the tumor is (theirs: classifier="release").
 """
 
 import re
@@ -60,10 +59,7 @@ TASKS: dict[str, dict[str, tuple[str, ...]]] = {
         "v3": ("seg", "ct", "pet", "tumor"),
         "v4": ("seg",),  # both decoders segment, and their logits are fused
     },
-    "brain": {
-        "v1": ("core", "edema"),
-        "v2": ("core", "whole", "edema"),
-    },
+    "brain": {"v1": ("core", "edema"), "v2": ("core", "whole", "edema")},
 }
 
 # Instance norm on an output would give every window the same mean and spread. So "instance" leaves
@@ -185,11 +181,6 @@ def concatenate(*parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def modality(x: Tensor, n: int) -> Tensor:
-    """Image n of x, (B, 1, D, H, W). It is dense, so that no convolution has to copy it again."""
-    return x[:, n : n + 1 or None].contiguous()
-
-
 # --------------------------------------------------------------------------------- the two branches
 class Branch(nn.Module):
     """One U-Net of the pair: nine levels, numbered as in the paper. `levels[n - 1]` is level n."""
@@ -211,6 +202,7 @@ class Branch(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, in, D, H, W) -> bottleneck (B, c5, D/16, H/16, W/16) and four skips, finest first."""
+        x = x.contiguous() if x.shape[1] == 1 else x  # else each convolution copies the slice
         skips = []
         for down in self.levels[:4]:
             x = down(x)
@@ -235,22 +227,20 @@ class LightDecoder(nn.Sequential):
     def __init__(self, out_channels, channels, norm, in_channels=None):
         c1, c2, c3, _, c5 = channels
         widths = [in_channels or 2 * c5, c3, c2, c1, out_channels]
-        *steps, last = zip(widths, widths[1:])
-        layers = [UpLayer(i, o, norm) for i, o in steps]
-        top = UpLayer(*last, norm, top=norm == "instance")
-        super().__init__(*layers, top)
-        if norm == "instance":  # start smooth: no skip brings the details that noise could become
-            weight, hat = top.up.conv.weight, torch.tensor([0.5, 1.0, 0.5])
-            linear = hat[:, None, None] * hat[:, None] * hat  # interpolates linearly
-            weight.data = weight.data[..., 1:2, 1:2, 1:2] * linear * 27 / 8
+        tops = (False, False, False, norm == "instance")
+        layers = [UpLayer(i, o, norm, top) for i, o, top in zip(widths, widths[1:], tops)]
+        super().__init__(*layers)
+        if norm == "instance":  # start with linear interpolation: no skip brings finer details
+            weight, hat = layers[-1].up.conv.weight, torch.tensor([0.5, 1.0, 0.5]) * 1.5
+            weight.data = weight.data[..., 1:2, 1:2, 1:2] * hat[:, None, None] * hat[:, None] * hat
 
 
 class CellClassifier(nn.Module):
     """Has the patient a tumor, and in which cells of 16^3 voxels? -> logits (B,), (B, d, h, w).
 
-    A cell is judged by its features in the PET bottleneck (B, c5, d, h, w) and by the segmentation
-    (B, 2, D, H, W): its highest logit of tumor against background there, which gets no gradient.
-    The patch has a tumor if a cell has one.
+    A cell is judged by its features in the PET bottleneck (B, c5, d, h, w) and by the highest logit
+    of tumor in it, of the segmentation (B, 2, D, H, W), which gets no gradient. The patch has a
+    tumor if a cell has one.
     """
 
     def __init__(self, in_channels: int):
@@ -318,12 +308,12 @@ class MirrorUNet(nn.Module):
             raise ValueError(f"no version {version!r} with preset {preset!r}; there are {known}")
         if not set(share) <= {3, 4, 5, 6, 7}:
             raise ValueError(f"share={tuple(share)}: only levels 3, 4, 5, 6, 7 can be shared")
-        kind = classifier or ("release" if norm == "batch" else "cells")
-        if norm not in NORMS or kind not in CLASSIFIERS:
-            known = f"norm one of {NORMS}, classifier one of {tuple(CLASSIFIERS)}"
-            raise ValueError(f"norm={norm!r}, classifier={classifier!r}: use {known}")
         if len(channels) != 5:
             raise ValueError(f"channels={tuple(channels)}: give five widths, of levels 1 to 5")
+        kind = classifier or ("release" if norm == "batch" else "cells")
+        for name, value, known in ("norm", norm, NORMS), ("classifier", kind, CLASSIFIERS):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use one of {', '.join(known)}")
         self.version, self.preset, self.norm = version, preset, norm
         self.share, self.channels = tuple(sorted(share)), tuple(channels)
         self.tasks = TASKS[preset][version]
@@ -347,8 +337,8 @@ class MirrorUNet(nn.Module):
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
         self.check_input(x.shape, channels=2)
-        ct_bottleneck, ct_skips = self.ct.encode(modality(x, 0))
-        pet_bottleneck, pet_skips = self.pet.encode(modality(x, 1))
+        ct_bottleneck, ct_skips = self.ct.encode(x[:, 0:1])
+        pet_bottleneck, pet_skips = self.pet.encode(x[:, 1:2])
         from_ct = self.ct.decode(ct_bottleneck, ct_skips)
         from_pet = self.pet.decode(pet_bottleneck, pet_skips)
         if self.version == "v4":
@@ -380,7 +370,7 @@ class MirrorUNet(nn.Module):
                 raise ValueError(f"{problem}: give both, x (B, 2, D, H, W)")
             return self(x)
         self.check_input(x.shape, channels=1)
-        bottleneck, skips = self.pet.encode(modality(x, 0))
+        bottleneck, skips = self.pet.encode(x)
         seg = self.pet.decode(bottleneck, skips)
         tumor, cells = self.classify(bottleneck, seg)
         return MirrorOutput(seg=seg, tumor=tumor, cells=cells)

@@ -159,31 +159,31 @@ def _read_rotated(image, label, start, size, matrix, flip) -> tuple[np.ndarray, 
     offset = middle - low - matrix @ ((size - 1) / 2)
     image, label = read_region(image, low, extent), read_region(label, low, extent)
     axis = next(a for a in range(3) if np.allclose(np.delete(matrix[a], a), 0))
-    order = b, c, _ = *(a for a in range(3) if a != axis), axis
-    places = [np.arange(n)[::-1] if a in flip else np.arange(n) for a, n in enumerate(size)]
-    i, j, k = places[b][:, None], places[c], places[axis]
-    source = [matrix[a, b] * i + matrix[a, c] * j + offset[a] for a in (b, c)]  # (B, C) each
-    source += [matrix[axis, axis] * k + offset[axis]]  # (A,)
+    order = [a for a in range(3) if a != axis] + [axis]  # from here on, about the last axis
+    matrix, offset, extent = matrix[np.ix_(order, order)], offset[order], extent[order]
+    rows, columns, layers = (np.arange(size[a])[:: -1 if a in flip else 1] for a in order)
+    plane = [m[0] * rows[:, None] + m[1] * columns for m in matrix[:2]]
+    source = [x + o for x, o in zip([*plane, matrix[2, 2] * layers], offset)]
     i, j, k = (np.floor(x + 0.5).astype(int) for x in source)
-    label = label.transpose(order)[i, j][:, :, k]  # (B, C, A)
-    rows, columns, layers = (np.floor(x).astype(int) for x in source)
+    label = label.transpose(order)[i, j][:, :, k]
+    i, j, k = (np.floor(x).astype(int) for x in source)
     u, v, w = (x - np.floor(x) for x in source)
-    corners = [rows * extent[c] + columns + n for n in (0, 1, extent[c], extent[c] + 1)]
+    corners = [i * extent[1] + j + n for n in (0, 1, extent[1], extent[1] + 1)]
     weights = np.stack([(1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v], -1, dtype=np.float32)
-    table = torch.from_numpy(image).permute(1 + b, 1 + c, 0, 1 + axis)
-    table = table.reshape(-1, 2 * extent[axis]).float()  # a row per place in the plane
-    corners = torch.from_numpy(np.stack(corners, -1)).view(-1, 4)
+    table = torch.from_numpy(image).permute(*(1 + a for a in order[:2]), 0, 1 + axis)
+    table = table.reshape(-1, 2 * extent[2]).float()  # a row per place in the plane
+    index = torch.from_numpy(np.stack(corners, -1)).view(-1, 4)
     weights = torch.from_numpy(weights).view(-1, 4)
-    turned = F.embedding_bag(corners, table, per_sample_weights=weights, mode="sum")
-    turned = turned.view(size[b], size[c], 2, -1)  # still as deep as was read
-    near, far = turned[..., layers], turned[..., layers + 1]  # (B, C, 2, A)
-    image = torch.lerp(near, far, torch.from_numpy(w.astype(np.float32)))
+    turned = F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
+    turned = turned.view(*i.shape, 2, -1)  # still as deep as was read
+    image = torch.lerp(turned[..., k], turned[..., k + 1], torch.from_numpy(w).float())
     back = np.argsort(order)
-    image = image.permute(2, *[(0, 1, 3)[a] for a in back]).contiguous().numpy()
+    image = image.permute(2, *(int((0, 1, 3)[a]) for a in back)).contiguous().numpy()
     return image, np.ascontiguousarray(label.transpose(back))
 
 
 # ------------------------------------------------------------------------------------ the data set
+@dataclass(eq=False)
 class PatchDataset(Dataset):
     """A list of training patches: item n is a pure function of (cases, options, seed, n).
 
@@ -196,18 +196,14 @@ class PatchDataset(Dataset):
     and number) also "corners" (number, 3), int64, of those that the corruption shuffles.
     """
 
-    def __init__(
-        self, cases: list[CachedCase], patch, length: int, seed=0, aug=Augmentation(),
-        foreground_fraction=2 / 3, patches_per_case=1, cubes: tuple[int, int] | None = None,
-    ):
-        self.cases = cases
-        self.patch = tuple(patch)
-        self.length = length
-        self.seed = seed
-        self.aug = aug
-        self.foreground_fraction = foreground_fraction
-        self.patches_per_case = patches_per_case
-        self.cubes = cubes
+    cases: list[CachedCase]
+    patch: tuple[int, ...]
+    length: int
+    seed: int = 0
+    aug: Augmentation = Augmentation()
+    foreground_fraction: float = 2 / 3
+    patches_per_case: int = 1
+    cubes: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.length
