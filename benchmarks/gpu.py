@@ -282,7 +282,8 @@ def network_times(training: bool) -> Iterator[Row]:
 def network(training: bool, batch: int, amp: str, layout, mode: str) -> Callable[[], object]:
     """A call that does one step, or predicts one batch of windows."""
     torch._dynamo.reset()
-    kernels.use("plain" if mode in ("eager", "compiled") else "auto")
+    # Dry, a network takes the plain path: in the interpreter it would take minutes.
+    kernels.use("plain" if DRY or mode in ("eager", "compiled") else "auto")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = amp == "tf32"
     torch.manual_seed(0)
     model = MirrorUNet("v3", channels=CHANNELS).to(DEVICE, memory_format=layout)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import inputs
+import mutate
 
 from files import UserError
 
@@ -44,7 +45,10 @@ def content_of(kind: str, base: int, seeds: tuple[int, ...]) -> bytes:
     """The mutated content: a function of its seeds."""
     content = inputs.KINDS[kind].bases[base]
     for seed in seeds:
-        content = inputs.KINDS[kind].mutate(content, random.Random(seed))
+        try:
+            content = inputs.KINDS[kind].mutate(content, random.Random(seed))
+        except Exception:  # an earlier mutation has left nothing to change like that
+            content = mutate.damage(content, random.Random(seed))
     return content
 
 
