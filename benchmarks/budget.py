@@ -268,6 +268,8 @@ def nvidia(asm: dict) -> tuple[int, int, list[int], list[int]]:
 
 
 AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+AMD_BITS |= {f"b{bits}": bits for bits in (8, 16, 32, 64, 96, 128)}  # RDNA 3's names: load_b128,
+AMD_BITS |= {kind + str(bits): bits for kind in "iu" for bits in (8, 16)}  # load_u8, ...
 
 
 def amd(asm: dict) -> tuple[int, int, list[int], list[int]]:
@@ -283,7 +285,8 @@ def amd(asm: dict) -> tuple[int, int, list[int], list[int]]:
 
     def widths(access: str) -> list[int]:
         """Bits of each global access."""
-        pattern = rf"\b(?:global|flat|buffer)_{access}_[su]?(dwordx?\d?|short|byte)"
+        size = r"[su]?(dwordx?\d?|short|byte|[biu]\d+)\b"
+        pattern = rf"\b(?:global|flat|buffer)_{access}_(?:d16_)?(?:hi_)?{size}"
         return [AMD_BITS[word] for word in re.findall(pattern, text)]
 
     spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))

@@ -11,6 +11,10 @@
 # tried in virtual environments of FOLDER, and nothing outside FOLDER is changed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# Triton 3.4 links for AMD's GPUs with ROCm's linker; LLVM's own will do.
+if command -v ld.lld > /dev/null; then
+    export TRITON_HIP_LLD_PATH=${TRITON_HIP_LLD_PATH:-$(command -v ld.lld)}
+fi
 folder=$(realpath -m "${1:-build/versions}")
 table=${TABLE:-results/versions.csv}
 python=${PYTHON:-.venv/bin/python}
@@ -53,6 +57,10 @@ for version in $tritons; do
             failed=$(grep -c " $target: " "$report.err")
             over=$(($(grep -c " $target .*<-" "$report") - failed))
             outcome="$((compiled - failed)) of $compiled compile; $over over budget"
+            if [ "$failed" -eq "$compiled" ]; then # for example, no linker for AMD's GPUs
+                why=$(grep -m 1 " $target: " "$report.err" | sed "s/.* $target: //" | tr ',#' ';;')
+                outcome="none of $compiled compile: ${why:0:90}"
+            fi
         elif [ -f "$report" ]; then
             outcome="failed: $(tail -n 1 "$report.err" | tr ',#' ';' | cut -c 1-100)"
         fi
