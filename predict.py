@@ -341,7 +341,7 @@ def check_study(case: Case, models: list[tuple]) -> tuple[Case, str]:
 
 def predict_study(
     models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False,
-    min_lesion_ml: float = 0.0, tolerance: float = 2.0,
+    min_lesion_ml: float = 0.0, tolerance: float = 2.0, reject_below: float = 0.0,
 ) -> Prediction:
     """Segment one study, write the mask on the input's grid, and score it if it has a truth.
 
@@ -352,6 +352,7 @@ def predict_study(
             config's threshold counts.
         out: the mask to write. probabilities: also write each target's map next to it.
         min_lesion_ml: smaller components are no lesions. tolerance: of the surface Dice, mm.
+        reject_below: the mask is empty if the tumor score is lower; NaN, no score, is not.
     """
     c = models[0][1]
     used, problem = check_study(case, models)
@@ -360,16 +361,17 @@ def predict_study(
     image = image[-1].astype(np.float16)  # is drawn, and takes less memory
     like = read_header(case.images[-1])
     like = like if like.ndim == 3 else like.slicer[..., 0]
+    threshold = math.inf if score < reject_below else c.threshold
     masks = []
     for target, p in zip(c.targets, prob):
         p = to_original(p, affine, like)
-        mask = p >= c.threshold
+        mask = p >= threshold
         if min_lesion_ml:
             mask = remove_small(mask, voxel_sizes(like.affine), min_lesion_ml)
         masks.append(mask)
         if probabilities:
             save_nifti(p.astype(np.float32), like, probability_path(out, target))
-    predicted = (prob >= c.threshold).any(0)
+    predicted = (prob >= threshold).any(0)
     del p, prob  # memory
     mask = masks[0]
     if c.task == "brain":
@@ -384,7 +386,7 @@ def predict_study(
     if c.task == "petct":
         suv = np.asarray(read_nifti(case.images[-1]).dataobj)
     rows, lesions = describe_case(case, truth, masks, c.targets, suv, tolerance)
-    rows = [row | {"tumor_score": score} for row in rows]
+    rows = [row | {"tumor_score": score, "rejected": int(score < reject_below)} for row in rows]
     if truth is not None:  # for the picture
         truth = resample_from_to(truth, (predicted.shape, affine), order=0)
         truth = np.asarray(truth.dataobj) > 0
@@ -445,6 +447,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--label-values", type=int, nargs="+", help="of a truth that are tumor (the run's)")
     add("--label-nonzero", action=yes_no, help="all of a truth but 0 is tumor (the run's)")
     add("--min-lesion-ml", type=float, default=0.0, help="leave out smaller lesions (0)")
+    add("--reject-below", type=float, help="empty masks of studies with a lower tumor score (off)")
     add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--graph", action="store_true", help="on CUDA: replay batches of windows as a CUDA graph")
@@ -462,6 +465,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("min_lesion_ml", "tolerance_mm"):
         if not 0 <= getattr(a, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: give 0 or more")
+    if a.reject_below is not None and not 0 <= a.reject_below <= 1:
+        raise UserError(f"--reject-below {a.reject_below}: give a tumor score, 0 to 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
         raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
@@ -552,7 +557,8 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
     for done, (case, out) in enumerate(checked, start=1):
         try:
             found = predict_study(
-                models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm
+                models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm,
+                a.reject_below or 0.0,
             )
         except CannotWrite:
             raise
@@ -571,6 +577,8 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
         if found.problem:
             print(f"not scored: {case.name}: {found.problem}")
         words = [f"{r['target']} {r['pred_ml']:.1f} ml" for r in found.rows]
+        if found.rows[0]["rejected"]:
+            words.append(f"rejected, with a tumor score below {a.reject_below:g}")
         if a.root:
             left = (time.monotonic() - start) / done * (len(checked) - done) / 60
             words.append(f"{done} of {len(checked)}, {math.ceil(left)} min left")
@@ -601,6 +609,8 @@ def main(argv: list[str]) -> None:
         if (d.preprocessing, d.targets) != (c.preprocessing, c.targets):
             problem = f"other preprocessing or targets than {a.checkpoint[0]}"
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
+    if a.reject_below is not None and not any("tumor" in d.network_tasks for _, d in models):
+        raise UserError(f"{a.checkpoint[0]}: {c.model} has no tumor score for --reject-below")
     if len(models) > 1:
         print("mean of", ", ".join(f"{d.model} fold {d.fold}" for _, d in models), flush=True)
     cases = list_studies(a, c)
