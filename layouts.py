@@ -5,7 +5,7 @@
     read_splits                         the user's own folds
     read_dataset_json, patient_of       what dataset.json and the names of studies say
 
-Only names and dataset.json are read here, and label files if nothing names their codes.
+To find studies, only names and dataset.json are read, and label files if nothing names their codes.
 """
 
 import contextlib
