@@ -3,7 +3,8 @@
     find_petct, find_brain      a folder of studies -> [Case] (`layouts.find_cases`)
     build_cache                 orientation, resampling, intensity windows, crop -> [CachedCase],
                                 each a few memory-mapped arrays
-    make_folds, read_splits     folds by patient, stratified by tumor; or the user's own folds
+    make_folds                  folds by patient, stratified by tumor (`layouts.read_splits`: the
+                                user's own)
 
 Arrays are in nibabel's order: (D, H, W) are the first, second and third axis of the volume.
 """
@@ -24,27 +25,12 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import files
+import layouts
 import processes
-from files import (
-    UserError,
-    atomic_write,
-    note,
-    on_one_grid,
-    overlap,
-    read_header,
-    read_json,
-    read_nifti,
-    same_grid,
-    size_and_sample,
-    writing,
-)
+from files import UserError, note, on_one_grid, overlap, read_header, read_nifti, same_grid
 
 # Studies are found there, and known here: data.Case, data.find_petct(root).
-from layouts import MSD, ROLES, Case, safe_name
-from layouts import find_brain as find_brain
-from layouts import find_cases as find_cases
-from layouts import find_petct as find_petct
-from layouts import find_splits as find_splits
+from layouts import Case, find_brain, find_cases, find_petct, find_splits, read_splits  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------- preprocessing
@@ -104,7 +90,7 @@ def load_images(case: Case, preprocessing: Preprocessing) -> tuple[np.ndarray, n
 def _load_petct(case: Case, preprocessing: Preprocessing) -> tuple:
     """Return the channels (2 or 1, D, H, W), the mask PET > 0 (D, H, W) and the affine (4, 4)."""
     suv = read_nifti(case.images[1])
-    _refuse_becquerel(suv, case.images[1])
+    files.refuse_becquerel(suv, case.images[1])
     pet = preprocessing.resample(suv)
     like = read_header(case.images[1])
     del suv  # memory: a whole body takes 0.6 GB
@@ -123,16 +109,6 @@ def _load_petct(case: Case, preprocessing: Preprocessing) -> tuple:
             ct = resample_from_to(ct, grid, order=1, cval=-1000.0)
         _window(ct, *preprocessing.ct_window, out=data[0])
     return data, data[-1] > 0, grid[1]
-
-
-def _refuse_becquerel(suv: nib.Nifti1Image, path: Path | None) -> None:
-    """Raise UserError if more than a bladder is above SUV 200: 1 % of the body, or 150 ml."""
-    data = suv.get_fdata(dtype=np.float32)
-    hot = np.count_nonzero(data > 200)
-    ml = hot * np.prod(voxel_sizes(suv.affine)) / 1000
-    if hot > 0.01 * np.count_nonzero(data > 0) or ml > 150 or data.max() > 1e5:
-        advice = "divide by injected dose per body weight first (docs/python.md)"
-        raise UserError(f"{path}: values look like Bq/ml or SUV x 1000, not SUV; {advice}")
 
 
 def _load_brain(case: Case, preprocessing: Preprocessing) -> tuple:
@@ -162,8 +138,7 @@ def _z_score(data: np.ndarray) -> np.ndarray:
     """(x - mean) / sd over the non-zero voxels, which are the brain; the others stay 0."""
     brain = data != 0
     values = data[brain] if brain.any() else np.ones(1)
-    mean = values.mean(dtype=np.float64)
-    sd = values.std(dtype=np.float64)
+    mean, sd = values.mean(dtype=np.float64), values.std(dtype=np.float64)
     varies = sd > 1e-6 * abs(mean)  # else the channel is constant, but for rounding
     return np.where(brain & varies, (data - mean) / max(sd, 1e-8), 0).astype(np.float32)
 
@@ -176,7 +151,7 @@ def read_label(case: Case) -> nib.Nifti1Image:
     """
     image = read_nifti(case.label, air=None)
     data = image.get_fdata(dtype=np.float32)
-    roles = dict(case.roles or (MSD if case.channels else [(1, "tumor")]))
+    roles = dict(case.roles or (layouts.MSD if case.channels else [(1, "tumor")]))
     codes = [int(c) if c == int(c) else float(c) for c in np.unique(data[data != 0])]
     others = sorted(set(codes) - set(roles))
     if others and roles.get(None) == "none":
@@ -189,7 +164,7 @@ def read_label(case: Case) -> nib.Nifti1Image:
         raise UserError(f"{case.label}: {problem}; {advice}")
     labels = np.zeros(data.shape, np.uint8)
     for code, role in roles.items():
-        labels[data != 0 if code is None else data == code] = ROLES[role]
+        labels[data != 0 if code is None else data == code] = layouts.ROLES[role]
     like = read_header(case.images[-1])
     if not check_grid(case, image, like):
         note(f"{case.label}: resampled to the PET's grid", kind="truth")
@@ -263,11 +238,10 @@ def _fingerprint(case: Case, preprocessing: Preprocessing) -> str:
 def _read_entry(job: tuple[Case, Preprocessing, Path]) -> CachedCase | None:
     """The entry of a study, or None unless it is complete and its checksum is right."""
     case, _, folder = job
-    meta = files.unseal(folder)
-    if meta is None:
+    if (meta := files.unseal(folder)) is None:
         return None
-    affine, tumor, source = np.array(meta["affine"]), meta["tumor"], meta["source"]
-    return CachedCase(case.name, case.patient, folder, tumor, affine, case, source)
+    affine = np.array(meta["affine"])
+    return CachedCase(case.name, case.patient, folder, meta["tumor"], affine, case, meta["source"])
 
 
 def preprocess(case: Case, preprocessing: Preprocessing) -> dict:
@@ -289,24 +263,11 @@ def _cache_one(job: tuple[Case, Preprocessing, Path]) -> None:
     entry = preprocess(case, preprocessing)
     meta = {"affine": entry["affine"].tolist(), "tumor": entry["tumor"]}
     meta["source"] = " ".join(f"{files.checksum(path):08x}" for path in case.files())
-    with atomic_write(folder) as part:
+    with files.atomic_write(folder) as part:
         part.mkdir()
         for name in ("image", "label", "foreground"):
             np.save(part / f"{name}.npy", np.ascontiguousarray(entry[name]))
         files.seal(part, meta)
-
-
-def refuse_duplicates(cases: list[Case]) -> None:
-    """Raise UserError if two cases have one name or the same files: folds could separate them."""
-    seen = {}
-    for case in cases:
-        image = case.images[-1]
-        sample = tuple(size_and_sample(path) for path in case.files())
-        keys = {case.name: f"case {case.name} occurs twice", sample: "one study under two names"}
-        for key, problem in keys.items():
-            if key and key in seen:
-                raise UserError(f"{problem}: {seen[key]} and {image}; remove one of the two")
-            seen[key] = image
 
 
 def build_cache(
@@ -315,15 +276,14 @@ def build_cache(
     """Preprocess the cases that are not in the cache, or whose files or preprocessing changed.
 
     Entries that are there are checked, and made again if they are damaged. cache: a folder; an
-    entry takes about 5 bytes per voxel of the network's grid. workers: number of processes, at most
-    one per core; by default as many as memory allows. Raises UserError for unusable data and
-    duplicates.
+    entry takes about 5 bytes per voxel of the network's grid. workers: number of processes; by
+    default one per core, or fewer by free memory. Raises UserError for bad data and duplicates.
     """
     cache = Path(cache)
-    with writing(cache):
+    with files.writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
     files.clean_parts(cache)
-    refuse_duplicates(cases)
+    layouts.refuse_duplicates(cases)
     jobs = []
     for case in cases:
         name = os.fsdecode(os.fsencode(case.name)[:180])  # a file's name has at most 255 bytes
@@ -336,11 +296,9 @@ def build_cache(
         if folder.exists():
             tqdm.write(f"{folder}: damaged, and made again")
             files.remove(folder)
-    if workers == 1:
-        count = 0  # in this process
-    else:
-        allowed = processes.free_memory() // max(map(_memory_needed, missing), default=1)
-        count = min(workers or processes.available_cores(), max(1, allowed))
+    count = 0  # in this process
+    if workers != 1:
+        count = processes.most_workers(workers, max(map(_memory_needed, missing), default=1))
     try:
         processes.work(_cache_one, missing, count, "preprocessing")
     finally:
@@ -380,40 +338,4 @@ def make_folds(cases, k: int = 5, seed: int = 0) -> list[dict[str, list[str]]]:
         train = sorted(case.name for case in cases if fold_of[case.patient] != i)
         val = sorted(case.name for case in cases if fold_of[case.patient] == i)
         folds.append({"train": train, "val": val})
-    return folds
-
-
-def read_splits(path, cases) -> list[dict[str, list[str]]]:
-    """Read the user's own folds: a JSON list of {"train": names, "val": names}.
-
-    A name is a case's or a patient's; the names of the cases are returned. Raises UserError for
-    another format, unknown names, an empty side of a fold, and a patient on both sides.
-    """
-    form = 'a JSON list of {"train": [names], "val": [names]}'
-    try:
-        folds = read_json(path, form)
-        folds = [{s: list(map(safe_name, f[s])) for s in ("train", "val")} for f in folds]
-    except (KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: expected {form} ({e!r:.80})") from None
-    if not folds:
-        raise UserError(f"{path}: no folds")
-    patient_of = {case.name: case.patient for case in cases}
-    cases_of: dict[str, list[str]] = {}  # the name of a patient or a case -> names of cases
-    for case in cases:
-        cases_of.setdefault(case.patient, []).append(case.name)
-    cases_of |= {name: [name] for name in patient_of}
-    for i, fold in enumerate(folds):
-        unknown = [name for name in fold["train"] + fold["val"] if name not in cases_of]
-        if unknown:
-            problem = f"fold {i} names {unknown[:3]}, which the data does not hold"
-            raise UserError(f"{path}: {problem} (it has {list(patient_of)[:3]}, ...)")
-        for side, names in fold.items():
-            fold[side] = sorted({case for name in names for case in cases_of[name]})
-        train = {patient_of[name] for name in fold["train"]}
-        val = {patient_of[name] for name in fold["val"]}
-        if train & val:
-            problem = f"fold {i} has {sorted(train & val)[:3]} in training and validation"
-            raise UserError(f"{path}: {problem}: scores would be too good; give other --splits")
-        if not train or not val:
-            raise UserError(f"{path}: fold {i} has an empty side")
     return folds

@@ -3,30 +3,19 @@
 An empty truth has no Dice and no FNV (NaN): such cases are left out of those means, and counted.
 """
 
-import csv
 import math
-from pathlib import Path
 
 import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.nifti1 import Nifti1Image
 
+import metrics
 from data import Case, read_label
-from files import atomic_write, read_header
-from metrics import (
-    LESION_MEASURES,
-    case_metrics,
-    components,
-    lesion_table,
-    lesion_totals,
-    patient_metrics,
-    surface_metrics,
-    voxel_ml,
-)
+from files import read_header
 
 MEASURES = ("dice", "fpv_ml", "fnv_ml")  # AutoPET's
 AGREEMENT = ("surface_dice", "hd95_mm", "true_lesions", "lesion_sensitivity", "false_lesions")
-LESION_COLUMNS = ("case", "target", "lesion", *LESION_MEASURES)
+LESION_COLUMNS = ("case", "target", "lesion", *metrics.LESION_MEASURES)
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -44,17 +33,14 @@ def evaluate_case(
     are NaN. masks: a bool array (D, H, W) per target, on the grid of the study's last image.
     """
     spacing = voxel_sizes(read_header(case.images[-1]).affine)
-    labels = None if truth is None else np.asarray(truth.dataobj)
     rows = []
     for target, mask in zip(targets, masks, strict=True):
-        if labels is None:
-            pred_ml = np.count_nonzero(mask) * voxel_ml(spacing)
-            unknown = dict.fromkeys((*MEASURES, "truth_ml"), math.nan)
-            numbers = {**unknown, "pred_ml": pred_ml}
-        else:
-            numbers = case_metrics(mask, true_mask(labels, target), spacing)
-        columns = (*MEASURES, "pred_ml", "truth_ml")
-        rows.append({"case": case.name, "target": target} | {k: numbers[k] for k in columns})
+        numbers = dict.fromkeys((*MEASURES, "pred_ml", "truth_ml"), math.nan)
+        numbers["pred_ml"] = np.count_nonzero(mask) * metrics.voxel_ml(spacing)
+        if truth is not None:
+            true = true_mask(np.asarray(truth.dataobj), target)
+            numbers |= metrics.case_metrics(mask, true, spacing)
+        rows.append({"case": case.name, "target": target} | numbers)
     return rows
 
 
@@ -69,19 +55,18 @@ def describe_case(
     surface Dice, mm.
     """
     affine = np.asarray(read_header(case.images[-1]).affine)
-    labels = None if truth is None else np.asarray(truth.dataobj)
     rows, lesions = evaluate_case(case, truth, masks, targets), []
     for row, mask in zip(rows, masks):
-        true = None if labels is None else true_mask(labels, row["target"])
-        found = lesion_table(mask, affine, suv, true)
+        true = None if truth is None else true_mask(np.asarray(truth.dataobj), row["target"])
+        found = metrics.lesion_table(mask, affine, suv, true)
         row |= dict.fromkeys(AGREEMENT, math.nan)
         if true is not None:
-            touched = components(true, mask)[2][1:]
-            row |= surface_metrics(mask, true, voxel_sizes(affine), tolerance)
+            touched = metrics.components(true, mask)[2][1:]
+            row |= metrics.surface_metrics(mask, true, voxel_sizes(affine), tolerance)
             row["true_lesions"] = len(touched)
             row["lesion_sensitivity"] = float(touched.mean()) if len(touched) else math.nan
             row["false_lesions"] = sum(not lesion["meets_truth"] for lesion in found)
-        row |= {"lesions": len(found)} if suv is None else lesion_totals(found)
+        row |= {"lesions": len(found)} if suv is None else metrics.lesion_totals(found)
         first = {"case": case.name, "target": row["target"]}
         lesions += [first | {"lesion": i} | lesion for i, lesion in enumerate(found, start=1)]
     return rows, lesions
@@ -112,24 +97,13 @@ def summarize(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
         means |= {f"{target}_{k}": mean_of(mine, k) for k in MEASURES}
     scored = [r for r in rows if r["target"] == targets[0] and not math.isnan(r["tumor_score"])]
     if scored:
-        scores = patient_metrics(
-            [r["tumor_score"] for r in scored], [r["has_tumor"] for r in scored]
-        )
+        columns = ([r[k] for r in scored] for k in ("tumor_score", "has_tumor"))
+        scores = metrics.patient_metrics(*columns)
         means |= {f"patient_{k}": v for k, v in scores.items()}
     return means
 
 
 # ------------------------------------------------------------------------------------------ tables
-def write_table(rows: list[dict], path: Path, columns=None) -> None:
-    """Write rows as a CSV file, with the first row's columns; an undefined number is empty."""
-    with atomic_write(path) as part, open(part, "w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=columns or list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            nan = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
-            writer.writerow(row | dict.fromkeys(nan, ""))
-
-
 def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
     """Print Dice, FPV, FNV and volumes per case, and the means over the defined ones."""
     width = max(len(r["case"]) for r in rows) + 2
@@ -146,12 +120,9 @@ def print_table(rows: list[dict], targets: tuple[str, ...]) -> None:
         if any(name in mine[0] for name in AGREEMENT):
             lesions = f"lesions: sensitivity {sensitivity}, {false} false ones per study"
             print(f"{lesions}; surface Dice {surface}, HD95 {hd95} mm")
-        empty = sum(not r["truth_ml"] for r in mine)
-        if empty:
-            print(
-                f"{empty} of {len(mine)} without a true tumor: "
-                "Dice and FNV are undefined there, and FPV counts"
-            )
+        if empty := sum(not r["truth_ml"] for r in mine):
+            line = f"{empty} of {len(mine)} without a true tumor"
+            print(f"{line}: Dice and FNV are undefined there, and FPV counts")
 
 
 def _cell(value: float, digits: int = 2) -> str:

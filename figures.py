@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from matplotlib.figure import Figure  # not pyplot, which chooses a backend
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path as Outline
+from nibabel.affines import voxel_sizes
+from nibabel.nifti1 import Nifti1Image
+from nibabel.processing import resample_from_to
 
 from files import atomic_write
 
@@ -130,11 +134,22 @@ def _case(axes, row: dict) -> None:
     axes[0].set_ylabel(row["title"], fontsize=8, parse_math=False)  # names like P$^$
 
 
-def tile(title: str, image, pred, truth, spacing, brain: bool) -> dict:
-    """Reduce a study's volumes (D, H, W) to a picture for `overview`; an unknown truth is None.
+def tile(row: dict, image, pred, truth: Nifti1Image | None, affine, brain: bool) -> dict:
+    """Reduce a study's volumes (D, H, W) to a picture for `overview`.
 
     PET: a coronal maximum-intensity projection; brain: the axial slice with the most tumor.
+
+    Args:
+        row: of `evaluate.evaluate_case`, for the title. affine: (4, 4), of the image and of pred.
+        truth: the labels on any grid that is parallel to it; None if they are unknown.
     """
+    if truth is not None:
+        truth = resample_from_to(truth, (pred.shape, affine), order=0)
+        truth = np.asarray(truth.dataobj) > 0
+    title = row["case"]
+    if not math.isnan(row["dice"]):
+        title += f"\nDice {row['dice']:.2f}"
+    spacing = voxel_sizes(affine)
     tumor = pred if truth is None else pred | truth
     z = int(tumor.sum((0, 1)).argmax())
 

@@ -1,13 +1,16 @@
-"""What all programs here share: errors for people, atomic files, JSON and images read with care."""
+"""What all programs share: errors for people, atomic files, tables, JSON and images with care."""
 
 import bz2
 import contextlib
+import csv
 import functools
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +166,27 @@ def write_file(path: Path, content: bytes | str) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def refuse_overwriting(outputs: list[Path], inputs: list[Path]) -> None:
+    """Raise UserError if an output is an input, also through a link, or two outputs are one."""
+
+    def identity(path: Path) -> tuple[int, int] | None:
+        if os.path.exists(path):
+            stat = os.stat(path)
+            return stat.st_dev, stat.st_ino
+
+    taken = {identity(path) for path in inputs} - {None}
+    seen = set()
+    for path in outputs:
+        problem = "a folder" if os.path.isdir(path) else ""
+        if identity(path) in taken:
+            problem = "an input, which is never overwritten"
+        if problem:
+            raise UserError(f"--out: {path} is {problem}; choose another name")
+        if path in seen:
+            raise UserError(f"--out: two outputs would be {path}; rename one of the studies")
+        seen.add(path)
+
+
 def clean_parts(folder: Path, alone: bool = False) -> None:
     """Remove the temporary files of `atomic_write` that killed processes left in a folder.
 
@@ -233,7 +258,7 @@ class Interrupts:
             self.__enter__()
 
 
-# -------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------ JSON and CSV
 def read_json(path, expected: str) -> Any:
     """Read a JSON file, in UTF-8 or UTF-16, also with a byte-order mark.
 
@@ -249,6 +274,16 @@ def read_json(path, expected: str) -> Any:
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
         raise UserError(f"{path}: expected {expected} ({why:.200})") from None
+
+
+def write_table(rows: list[dict], path: Path, columns=None) -> None:
+    """Write rows as a CSV file, with the first row's columns; an undefined number is empty."""
+    with atomic_write(path) as part, open(part, "w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=columns or list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            nan = [k for k, v in row.items() if isinstance(v, float) and math.isnan(v)]
+            writer.writerow(row | dict.fromkeys(nan, ""))
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -443,6 +478,16 @@ def _enclosed(body: np.ndarray) -> np.ndarray:
     return ~np.isin(parts, outside)
 
 
+def refuse_becquerel(suv: nib.Nifti1Image, path) -> None:
+    """Raise UserError if more than a bladder is above SUV 200: 1 % of the body, or 150 ml."""
+    data = suv.get_fdata(dtype=np.float32)
+    hot = np.count_nonzero(data > 200)
+    ml = hot * np.prod(voxel_sizes(suv.affine)) / 1000
+    if hot > 0.01 * np.count_nonzero(data > 0) or ml > 150 or data.max() > 1e5:
+        advice = "divide by injected dose per body weight first (docs/python.md)"
+        raise UserError(f"{path}: values look like Bq/ml or SUV x 1000, not SUV; {advice}")
+
+
 def read_header(path) -> nib.Nifti1Image:
     """Load an image's grid, in mm, and its header without its voxels, which are 0 here.
 
@@ -455,6 +500,16 @@ def read_header(path) -> nib.Nifti1Image:
         if units in MILLIMETERS:
             header.set_xyzt_units(2)
         return kind(np.broadcast_to(np.uint8(0), _shape(header)), affine, header)
+
+
+def save_nifti(array: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
+    """Write (D, H, W) as NIfTI in the array's dtype, with the affine and header of `like`."""
+    header = like.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = header["cal_min"] = 0  # else the input's display window
+    with atomic_write(path) as part:
+        nib.save(nib.Nifti1Image(array, like.affine, header), part)
 
 
 def on_one_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
@@ -506,6 +561,30 @@ def checksum(path: Path, crc: int = 0) -> int:
         while chunk := f.read(2**20):
             crc = zlib.crc32(chunk, crc)
     return crc
+
+
+def read_torch(path, device: Any = "cpu") -> Any:
+    """What torch.save wrote: tensors and plain values, on `device`. A foreign file can't run code.
+
+    Raises UserError if it is missing, damaged or anything else.
+    """
+    import torch  # not above: preprocessing needs only the rest of this file
+
+    try:
+        with zipfile.ZipFile(path) as records:
+            if any(record.compress_type for record in records.infolist()):
+                raise ValueError("packed")  # perhaps far larger than the file
+            if damaged := records.testzip():  # torch does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as e:  # torch, pickle and zip have their own errors for a broken file
+        why = (str(e) or repr(e)).splitlines()[0][:160]
+        if isinstance(e, pickle.UnpicklingError):  # its message advises to load the file anyway
+            why = "holds more than tensors and plain values"
+        problem = "not a checkpoint of train.py, or cut short; give a run's best.pt or last.pt"
+        raise UserError(f"{path}: {problem} ({why})") from None
 
 
 def seal(folder: Path, meta: dict) -> None:

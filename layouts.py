@@ -2,9 +2,10 @@
 
     find_cases                          a folder in any layout of docs/data.md -> [Case]
     LAYOUTS                             a function per layout: names of files -> [Case]
+    read_splits                         the user's own folds
     read_dataset_json, patient_of       what dataset.json and the names of studies say
 
-Only names and dataset.json are read here, and label files if nothing names their codes.
+To find studies, only names and dataset.json are read, and label files if nothing names their codes.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import UserError, note, printable, read_json, read_nifti
+from files import UserError, note, printable, read_json, read_nifti, size_and_sample
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,59 @@ def find_brain(root, complete: bool = True) -> list[Case]:
     return find_cases(root, "brain", complete)[0]
 
 
+def refuse_duplicates(cases: list[Case]) -> None:
+    """Raise UserError if two cases have one name or the same files: folds could separate them."""
+    seen = {}
+    for case in cases:
+        image = case.images[-1]
+        sample = tuple(size_and_sample(path) for path in case.files())
+        keys = {case.name: f"case {case.name} occurs twice", sample: "one study under two names"}
+        for key, problem in keys.items():
+            if key and key in seen:
+                raise UserError(f"{problem}: {seen[key]} and {image}; remove one of the two")
+            seen[key] = image
+
+
 def find_splits(root) -> Path | None:
     """The folds that come with a data set in nnU-Net's layout, or None."""
     path = Path(root) / "splits_final.json"
     return path if os.path.lexists(path) else None
+
+
+def read_splits(path, cases) -> list[dict[str, list[str]]]:
+    """Read the user's own folds: a JSON list of {"train": names, "val": names}.
+
+    A name is a case's or a patient's; the names of the cases are returned. Raises UserError for
+    another format, unknown names, an empty side of a fold, and a patient on both sides.
+    """
+    form = 'a JSON list of {"train": [names], "val": [names]}'
+    try:
+        folds = read_json(path, form)
+        folds = [{s: list(map(safe_name, f[s])) for s in ("train", "val")} for f in folds]
+    except (KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: expected {form} ({e!r:.80})") from None
+    if not folds:
+        raise UserError(f"{path}: no folds")
+    patient_of = {case.name: case.patient for case in cases}
+    cases_of: dict[str, list[str]] = {}  # the name of a patient or a case -> names of cases
+    for case in cases:
+        cases_of.setdefault(case.patient, []).append(case.name)
+    cases_of |= {name: [name] for name in patient_of}
+    for i, fold in enumerate(folds):
+        unknown = [name for name in fold["train"] + fold["val"] if name not in cases_of]
+        if unknown:
+            problem = f"fold {i} names {unknown[:3]}, which the data does not hold"
+            raise UserError(f"{path}: {problem} (it has {list(patient_of)[:3]}, ...)")
+        for side, names in fold.items():
+            fold[side] = sorted({case for name in names for case in cases_of[name]})
+        train = {patient_of[name] for name in fold["train"]}
+        val = {patient_of[name] for name in fold["val"]}
+        if train & val:
+            problem = f"fold {i} has {sorted(train & val)[:3]} in training and validation"
+            raise UserError(f"{path}: {problem}: scores would be too good; give other --splits")
+        if not train or not val:
+            raise UserError(f"{path}: fold {i} has an empty side")
+    return folds
 
 
 # ----------------------------------------------------------------------------------------- layouts
@@ -327,6 +377,13 @@ ENDING = re.compile(r"\.nii(\.gz)?\Z", re.IGNORECASE)
 def stem(path) -> str:
     """The name of a NIfTI file without .nii or .nii.gz."""
     return ENDING.sub("", Path(path).name)
+
+
+def study_of(image: Path) -> str:
+    """The name of a study by that of its PET or FLAIR: CASE_0001.nii.gz; SUV.nii.gz: its folder."""
+    match = re.fullmatch("(?:(.*?)[-_]+)?(?:suv|pet|pt|image|flair|t2f|0001)", stem(image), re.I)
+    name = match[1] if match else stem(image)
+    return safe_name(name or Path(os.path.abspath(image)).parent.name)
 
 
 def safe_name(name) -> str:

@@ -46,11 +46,12 @@ def components(mask: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def remove_small(mask: np.ndarray, spacing, min_ml: float) -> np.ndarray:
     """The mask (D, H, W), bool, without the components of less than `min_ml`."""
+    if not min_ml:
+        return mask
     labels, sizes, _ = components(mask, mask)
     keep = sizes * voxel_ml(spacing) >= min_ml * (1 - 1e-9)  # rounding
     keep[0] = False
-    parts = np.array_split(labels, 16)
-    return np.concatenate([keep[numbers] for numbers in parts])
+    return np.concatenate([keep[part] for part in np.array_split(labels, 16)])
 
 
 def voxel_ml(spacing) -> float:
@@ -74,11 +75,10 @@ def lesion_metrics(pred: np.ndarray, truth: np.ndarray, spacing) -> dict[str, fl
     if pred.shape != truth.shape or pred.ndim != 3:
         raise ValueError(f"expected 3D masks of one shape, got {pred.shape} and {truth.shape}")
     total = int(pred.sum()) + int(truth.sum())
-    ml = voxel_ml(spacing)
 
     def untouched(mask, other):
         _, sizes, touched = components(mask, other)
-        return int(sizes[1:][~touched[1:]].sum()) * ml
+        return int(sizes[1:][~touched[1:]].sum()) * voxel_ml(spacing)
 
     return {
         "dice": 2 * int((pred & truth).sum()) / total if total else math.nan,
@@ -175,8 +175,7 @@ def _ball_means(suv: np.ndarray, box: tuple[slice, ...], spacing: np.ndarray) ->
 
 def lesion_totals(lesions: list[dict]) -> dict[str, float]:
     """A patient's numbers: of `lesion_table`'s rows the sums, the mean and the maxima."""
-    volume = sum(row["volume_ml"] for row in lesions)
-    tlg = sum(row["tlg"] for row in lesions)
+    volume, tlg = (sum(row[k] for row in lesions) for k in ("volume_ml", "tlg"))
     suv_max = max((row["suv_max"] for row in lesions), default=math.nan)
     suv_peak = max((row["suv_peak"] for row in lesions), default=math.nan)
     numbers = (suv_max, tlg / volume if lesions else math.nan, suv_peak, tlg)
@@ -197,8 +196,7 @@ def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float
     """
     score, positive = np.asarray(score, float), np.asarray(has_tumor, bool)
     if score.shape != positive.shape or score.ndim != 1:
-        shapes = f"{score.shape} and {positive.shape}"
-        raise ValueError(f"expected score and has_tumor of shape (N,), got {shapes}")
+        raise ValueError(f"expected two arrays (N,), got {score.shape} and {positive.shape}")
     called = score >= threshold
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     rank_sum = stats.rankdata(score)[positive].sum()  # ties get their mean rank

@@ -2,9 +2,7 @@
 
     python predict.py --checkpoint RUN/best.pt --pet SUV.nii.gz [--ct CTres.nii.gz] --out M.nii.gz
     python predict.py --checkpoint RUN/best.pt --image FOUR_CHANNEL.nii.gz --out M.nii.gz
-    python predict.py --checkpoint RUN/best.pt --root DIR --out DIR
-
-The last form predicts every study of a folder, and scores those that come with a truth.
+    python predict.py --checkpoint RUN/best.pt --root DIR --out DIR     (all studies; scores)
 
 Windows overlap by half. Each is weighted by a Gaussian, so that a voxel depends most on the windows
 it is central in, and the probabilities (not the logits) are averaged. Memory holds one map per
@@ -17,10 +15,8 @@ import contextlib
 import dataclasses
 import math
 import os
-import pickle
 import re
 import time
-import zipfile
 from collections.abc import Callable
 from itertools import combinations, product
 from pathlib import Path
@@ -35,21 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import figures
+import files
 from config import FIELDS, Config, Parser, check_value, use_kernels
 from data import check_grid, load_images
-from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth, write_table
-from files import (
-    CannotWrite,
-    UserError,
-    atomic_write,
-    overlap,
-    read_header,
-    read_nifti,
-    run_program,
-    same_grid,
-)
+from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth
+from files import UserError, overlap, read_header, read_nifti, run_program, same_grid, save_nifti
 from graph import Graph
-from layouts import Case, find_cases, safe_name, stem
+from layouts import Case, find_cases, study_of
 from metrics import remove_small
 from mirror_unet import BrainOutput
 
@@ -58,8 +46,7 @@ from mirror_unet import BrainOutput
 def window_starts(shape, size, overlap: float = 0.5) -> list[tuple[int, ...]]:
     """Corners of the windows that cover a volume: a regular grid; the last one ends at the border.
 
-    shape: of the volume, at least as large as the window; size: of the window, both in voxels.
-    overlap: in [0, 1).
+    shape: of the volume, in voxels; size: of a window, not larger; overlap: in [0, 1).
     """
     axes = []
     for n, s in zip(shape, size, strict=True):
@@ -101,19 +88,17 @@ def sliding_window(
     weight = gaussian_window(size).to(image.device)
     starts = window_starts(image.shape[1:], size, overlap)
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
-    weights = image.new_zeros(image.shape[1:])
-    total = None
+    weights, total = image.new_zeros(image.shape[1:]), image.new_zeros(())
     batches = range(0, len(places), batch)
     for i in tqdm(batches, desc=title, unit="batch", leave=False, disable=title is None):
         some = places[i : i + batch]
         windows = torch.stack([image[(slice(None), *place)] for place in some])
         out = predict(windows).float()  # (N, K, *size)
-        if total is None:
+        if not total.ndim:  # K is known now
             total = image.new_zeros(out.shape[1], *image.shape[1:])
         for one, place in zip(out, some):
             total[(slice(None), *place)] += one * weight
             weights[place] += weight
-    assert total is not None  # there is at least one window
     inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
     return total.div_(weights)[(slice(None), *inner)]
 
@@ -132,8 +117,7 @@ def foreground_probability(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, T
     run = getattr(model, "segment", model)
     out = run(x[:, -1:] if reads(model) == ("pet",) else x)
     if isinstance(out, BrainOutput):
-        logits = [t for t in (out.core, out.whole, out.edema) if t is not None]
-        tumor = None
+        logits, tumor = [t for t in (out.core, out.whole, out.edema) if t is not None], None
     else:
         logits, tumor = [out.seg], out.tumor
     prob = torch.cat([t.float().softmax(1)[:, 1:2] for t in logits], dim=1)
@@ -247,40 +231,15 @@ def to_masks(prob: np.ndarray, affine: np.ndarray, like, threshold: float) -> li
     return [to_original(p, affine, like) >= threshold for p in prob]
 
 
-def save_nifti(array: np.ndarray, like: nib.Nifti1Image, path: Path) -> None:
-    """Write (D, H, W) as NIfTI in the array's dtype, with the affine and header of `like`."""
-    header = like.header.copy()
-    header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_max"] = header["cal_min"] = 0  # else the input's display window
-    with atomic_write(path) as part:
-        nib.save(nib.Nifti1Image(array, like.affine, header), part)
-
-
 # -------------------------------------------------------------------------------------- checkpoints
 def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
     """What train.py saved; its "config" becomes a Config. A foreign file cannot run code.
 
     Raises UserError for anything that is not a checkpoint of train.py, or is damaged.
     """
-    advice = "give a run's best.pt or last.pt"
-    try:
-        with zipfile.ZipFile(path) as records:
-            if any(record.compress_type for record in records.infolist()):
-                raise ValueError("packed")  # perhaps far larger than the file
-            if damaged := records.testzip():  # torch does not look at the checksums
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as e:  # torch, pickle and zip have their own errors for a broken file
-        why = (str(e) or repr(e)).splitlines()[0][:160]
-        if isinstance(e, pickle.UnpicklingError):  # its message advises to load the file anyway
-            why = "holds more than tensors and plain values"
-        problem = "not a checkpoint of train.py, or cut short"
-        raise UserError(f"{path}: {problem}; {advice} ({why})") from None
+    state = files.read_torch(path, device)
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise UserError(f"{path}: not a checkpoint of train.py: it holds no config; {advice}")
+        raise UserError(f"{path}: not a checkpoint of train.py: it holds no config; give best.pt")
     state["config"] = Config.from_dict(state["config"], path)
     return state
 
@@ -308,7 +267,7 @@ def load_model(path, device: str = "cpu") -> tuple[torch.nn.Module, Config]:
 class Prediction(NamedTuple):
     """One segmented study."""
 
-    rows: list[dict]  # of `describe_case`, and v3's score of the patient
+    rows: list[dict]  # of `describe_case`, v3's score of the patient, and whether it was too low
     lesions: list[dict]
     tile: dict  # its picture for `figures.overview`
     problem: str  # what is wrong with its truth, if it could not be used
@@ -341,7 +300,7 @@ def check_study(case: Case, models: list[tuple]) -> tuple[Case, str]:
 
 def predict_study(
     models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False,
-    min_lesion_ml: float = 0.0, tolerance: float = 2.0,
+    min_lesion_ml: float = 0.0, tolerance: float = 2.0, reject_below: float = 0.0,
 ) -> Prediction:
     """Segment one study, write the mask on the input's grid, and score it if it has a truth.
 
@@ -352,6 +311,7 @@ def predict_study(
             config's threshold counts.
         out: the mask to write. probabilities: also write each target's map next to it.
         min_lesion_ml: smaller components are no lesions. tolerance: of the surface Dice, mm.
+        reject_below: the mask is empty if the tumor score is lower; NaN, no score, is not.
     """
     c = models[0][1]
     used, problem = check_study(case, models)
@@ -360,16 +320,14 @@ def predict_study(
     image = image[-1].astype(np.float16)  # is drawn, and takes less memory
     like = read_header(case.images[-1])
     like = like if like.ndim == 3 else like.slicer[..., 0]
+    threshold = math.inf if score < reject_below else c.threshold
     masks = []
     for target, p in zip(c.targets, prob):
         p = to_original(p, affine, like)
-        mask = p >= c.threshold
-        if min_lesion_ml:
-            mask = remove_small(mask, voxel_sizes(like.affine), min_lesion_ml)
-        masks.append(mask)
+        masks.append(remove_small(p >= threshold, voxel_sizes(like.affine), min_lesion_ml))
         if probabilities:
             save_nifti(p.astype(np.float32), like, probability_path(out, target))
-    predicted = (prob >= c.threshold).any(0)
+    predicted = (prob >= threshold).any(0)
     del p, prob  # memory
     mask = masks[0]
     if c.task == "brain":
@@ -384,15 +342,8 @@ def predict_study(
     if c.task == "petct":
         suv = np.asarray(read_nifti(case.images[-1]).dataobj)
     rows, lesions = describe_case(case, truth, masks, c.targets, suv, tolerance)
-    rows = [row | {"tumor_score": score} for row in rows]
-    if truth is not None:  # for the picture
-        truth = resample_from_to(truth, (predicted.shape, affine), order=0)
-        truth = np.asarray(truth.dataobj) > 0
-    title = case.name
-    if not math.isnan(rows[0]["dice"]):
-        title += f"\nDice {rows[0]['dice']:.2f}"
-    spacing = voxel_sizes(affine)
-    tile = figures.tile(title, image, predicted, truth, spacing, c.task == "brain")
+    rows = [row | {"tumor_score": score, "rejected": int(score < reject_below)} for row in rows]
+    tile = figures.tile(rows[0], image, predicted, truth, affine, c.task == "brain")
     return Prediction(rows, lesions, tile, problem)
 
 
@@ -420,8 +371,7 @@ def probability_path(mask: Path, target: str) -> Path:
 
 
 # -------------------------------------------------------------------------------------- the program
-# Of the run, unless they are given.
-OPTIONS = "threshold flips overlap batch label_values label_nonzero graph".split()
+OPTIONS = "threshold flips overlap batch label_values label_nonzero graph".split()  # else the run's
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -445,6 +395,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--label-values", type=int, nargs="+", help="of a truth that are tumor (the run's)")
     add("--label-nonzero", action=yes_no, help="all of a truth but 0 is tumor (the run's)")
     add("--min-lesion-ml", type=float, default=0.0, help="leave out smaller lesions (0)")
+    add("--reject-below", type=float, help="empty masks of studies with a lower tumor score (off)")
     add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--graph", action="store_true", help="on CUDA: replay batches of windows as a CUDA graph")
@@ -462,6 +413,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("min_lesion_ml", "tolerance_mm"):
         if not 0 <= getattr(a, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: give 0 or more")
+    if a.reject_below is not None and not 0 <= a.reject_below <= 1:
+        raise UserError(f"--reject-below {a.reject_below}: give a tumor score, 0 to 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
         raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
@@ -496,36 +449,10 @@ def list_studies(a: argparse.Namespace, c: Config) -> list[tuple[Case, Path]]:
     if bool(a.pet) != (c.task == "petct"):
         fit = "--pet" if c.task == "petct" else "--image, or --t2w and --flair,"
         raise UserError(f"this checkpoint is of {c.task}: give {fit} or --root")
+    images, channels = (a.t2w, a.flair) if a.flair else (a.ct, a.pet), ()
     if a.image:
         images, channels = (a.image,), (3, 0)
-    else:
-        images, channels = (a.t2w, a.flair) if a.flair else (a.ct, a.pet), ()
-    last = images[-1]
-    match = re.fullmatch("(?:(.*?)[-_]+)?(?:suv|pet|pt|image|flair|t2f|0001)", stem(last), re.I)
-    name = match[1] if match else stem(last)  # CASE_0001.nii.gz; SUV.nii.gz: that of its folder
-    name = safe_name(name or Path(os.path.abspath(last)).parent.name)
-    return [(Case(name, "", images, None, channels), a.out)]
-
-
-def refuse_overwriting(outputs: list[Path], inputs: list[Path]) -> None:
-    """Raise UserError if an output is an input, also through a link, or two outputs are one."""
-
-    def identity(path: Path) -> tuple[int, int] | None:
-        if os.path.exists(path):
-            stat = os.stat(path)
-            return stat.st_dev, stat.st_ino
-
-    taken = {identity(path) for path in inputs} - {None}
-    seen = set()
-    for path in outputs:
-        problem = "a folder" if os.path.isdir(path) else ""
-        if identity(path) in taken:
-            problem = "an input, which is never overwritten"
-        if problem:
-            raise UserError(f"--out: {path} is {problem}; choose another name")
-        if path in seen:
-            raise UserError(f"--out: two outputs would be {path}; rename one of the studies")
-        seen.add(path)
+    return [(Case(study_of(images[-1]), "", images, None, channels), a.out)]
 
 
 def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argparse.Namespace):
@@ -552,16 +479,16 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
     for done, (case, out) in enumerate(checked, start=1):
         try:
             found = predict_study(
-                models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm
+                models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm,
+                a.reject_below or 0.0,
             )
-        except CannotWrite:
+        except files.CannotWrite:
             raise
         except UserError as e:
             failed.append(str(e))
             continue
         except (MemoryError, RuntimeError) as e:
-            known = isinstance(e, MemoryError | torch.OutOfMemoryError)
-            if not known and "allocate memory" not in str(e):
+            if not (isinstance(e, MemoryError) or re.search("(out of|allocate) memory", str(e))):
                 raise
             failed.append(f"{case.name}: the memory is full; use a smaller --batch")
             continue
@@ -571,13 +498,15 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
         if found.problem:
             print(f"not scored: {case.name}: {found.problem}")
         words = [f"{r['target']} {r['pred_ml']:.1f} ml" for r in found.rows]
+        if found.rows[0]["rejected"]:
+            words.append(f"rejected, with a tumor score below {a.reject_below:g}")
         if a.root:
             left = (time.monotonic() - start) / done * (len(checked) - done) / 60
             words.append(f"{done} of {len(checked)}, {math.ceil(left)} min left")
         print(f"{case.name} -> {out}: {', '.join(words)}", flush=True)
         if a.root:  # each time, so a stopped run leaves its rows
-            write_table(rows, a.out / "metrics.csv")
-            write_table(lesions, a.out / "lesions.csv", LESION_COLUMNS)
+            files.write_table(rows, a.out / "metrics.csv")
+            files.write_table(lesions, a.out / "lesions.csv", LESION_COLUMNS)
     if a.root and rows:
         figures.overview(tiles, a.out / "overview.png")
         if scored:
@@ -601,6 +530,8 @@ def main(argv: list[str]) -> None:
         if (d.preprocessing, d.targets) != (c.preprocessing, c.targets):
             problem = f"other preprocessing or targets than {a.checkpoint[0]}"
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
+    if a.reject_below is not None and not any("tumor" in d.network_tasks for _, d in models):
+        raise UserError(f"{a.checkpoint[0]}: {c.model} has no tumor score for --reject-below")
     if len(models) > 1:
         print("mean of", ", ".join(f"{d.model} fold {d.fold}" for _, d in models), flush=True)
     cases = list_studies(a, c)
@@ -610,7 +541,7 @@ def main(argv: list[str]) -> None:
     if a.root:
         outputs += [a.out / name for name in ("metrics.csv", "lesions.csv", "overview.png")]
     inputs = [path for case, _ in cases for path in case.files()]
-    refuse_overwriting(outputs, [*inputs, *map(Path, a.checkpoint)])
+    files.refuse_overwriting(outputs, [*inputs, *map(Path, a.checkpoint)])
     predict_cases(models, cases, a)
 
 

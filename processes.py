@@ -126,6 +126,14 @@ def free_memory() -> int:
     return max(0, free)
 
 
+def most_workers(asked: int | None, needed: int) -> int:
+    """As many processes as asked for, or one per core, but no more than fit into free memory.
+
+    needed: bytes per process. At least 1.
+    """
+    return min(asked or available_cores(), max(1, free_memory() // needed))
+
+
 def _controls(controller: str, *names: str) -> list[list[str]]:
     """The texts of these control files, of this process's cgroup and of those above it."""
     found = []

@@ -40,8 +40,15 @@ import claims
 import patches
 from claims import Experiment, experiments_for, read_results, read_rows
 from config import ALL_FOLDS, FIELDS, Config, parse_config
-from evaluate import write_table
-from files import Interrupts, UserError, clean_parts, run_program, source_version, writing
+from files import (
+    Interrupts,
+    UserError,
+    clean_parts,
+    run_program,
+    source_version,
+    write_table,
+    writing,
+)
 from predict import evaluating, load_model, sliding_window
 from processes import available_cores
 

@@ -535,7 +535,7 @@ class Run:
 
     def report(self, rows: list[dict]) -> None:
         """The end of a run: its table, the best SUV threshold for comparison, its pictures."""
-        evaluate.write_table(rows, self.folder / "validation.csv")
+        files.write_table(rows, self.folder / "validation.csv")
         evaluate.print_table(rows, self.c.targets)
         if self.c.task == "petct":
             self.compare_threshold()

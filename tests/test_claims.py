@@ -27,8 +27,7 @@ from claims import (
     values_of,
     verdict,
 )
-from evaluate import write_table
-from files import UserError
+from files import UserError, write_table
 from metrics import patient_metrics
 
 

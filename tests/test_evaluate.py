@@ -18,8 +18,8 @@ from evaluate import (
     read_truth,
     summarize,
     true_mask,
-    write_table,
 )
+from files import write_table
 
 AFFINE = np.diag([-2.0, 2.0, 2.5, 1.0])  # mm: 0.01 ml per voxel
 NAN = math.nan

@@ -21,7 +21,8 @@ import phantom
 import predict
 from config import Config
 from data import Case
-from predict import load_model, refuse_overwriting
+from files import refuse_overwriting
+from predict import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -362,6 +362,38 @@ def test_a_folder_gets_masks_a_table_and_a_picture(root, study, tmp_path, capsys
     assert "\nmean " in capsys.readouterr().out
 
 
+def test_a_study_whose_score_is_below_the_limit_gets_an_empty_mask(root, tmp_path, capsys):
+    """A score equal to the limit is kept; the probabilities stay as they are."""
+    weights, name = checkpoint(tmp_path / "v3.pt"), "PETCT_0000__visit1"
+
+    def predicted(*words):
+        out = tmp_path / "_".join(map(str, ["out", *words]))
+        run(weights, "--root", root / "petct", "--out", out, "--probabilities", *words)
+        (row,) = table(out / "metrics.csv")
+        probability = (out / f"{name}_seg_probability.nii.gz").read_bytes()
+        said = f"{name} -> " in (text := capsys.readouterr().out) and "rejected" in text
+        return row, voxels(out / f"{name}.nii.gz"), probability, said
+
+    row, mask, probability, said = predicted()
+    score = float(row["tumor_score"])
+    assert mask.any() and row["rejected"] == "0" and not said
+    above = np.nextafter(score, 1)
+    for limit in (0, score, above, 1):
+        row, found, same, said = predicted("--reject-below", repr(float(limit)))
+        lower = score < limit
+        assert np.array_equal(found, mask * (not lower)) and same == probability
+        assert row["rejected"] == str(int(lower)) and said == lower
+        assert float(row["tumor_score"]) == score and (float(row["pred_ml"]) == 0) == lower
+
+
+@pytest.mark.parametrize("data,model", [("petct", "v1"), ("petct", "v4"), ("brain", "v2")])
+def test_only_networks_with_a_tumor_score_reject(root, tmp_path, data, model):
+    weights, out = checkpoint(tmp_path / "w.pt", data=data, model=model), tmp_path / "out"
+    with refused(f"w.pt: {model} has no tumor score for --reject-below"):
+        run(weights, "--root", root / data, "--out", out, "--reject-below", 0)
+    assert not out.exists()
+
+
 def test_a_folder_without_truth_gets_masks_volumes_and_a_picture(study, tmp_path):
     alone = tmp_path / "in" / "P1"
     alone.mkdir(parents=True)
@@ -479,6 +511,8 @@ def test_what_cannot_be_predicted_is_refused_and_leaves_no_file(
         ("--pet p.nii --out m.nii --overlap 0.95", "--overlap 0.95: give 0.9 or less"),
         ("--pet p.nii --out m.nii --overlap nan", "--overlap expected a number, got nan"),
         ("--pet p.nii --out m.nii --threshold 1.5", "--threshold 1.5: give 1 or less"),
+        ("--pet p.nii --out m.nii --reject-below 1.5", "--reject-below 1.5: give a tumor score"),
+        ("--pet p.nii --out m.nii --reject-below nan", "--reject-below nan: give a tumor score"),
         ("--pet p.nii --out m.nii --batch 0", "--batch 0: give 1 or more"),
         ("--pet p.nii --out m.nii --device tpu", "--device tpu: use cpu, cuda or cuda:N"),
         ("--pet p.nii --out m.nii --kernels fast", "--kernels fast: "),

@@ -424,7 +424,9 @@ def test_studies_one_voxel_wide(tmp_path, axis):
     for spacing in (4.0, 3.0, 8.0):
         out = data.preprocess(case, Preprocessing(spacing=(spacing,) * 3))
         assert out["image"].shape[1 + axis] == 1 and out["tumor"]
-        tile = figures.tile("P$^$", out["image"][1], out["label"], out["label"], (4, 4, 4), False)
+        truth = nib.Nifti1Image(out["label"], out["affine"])
+        row = {"case": "P$^$", "dice": 0.5}
+        tile = figures.tile(row, out["image"][1], out["label"], truth, out["affine"], False)
         figures.overview([tile], tmp_path / "overview.png")
 
 
