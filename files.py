@@ -1,5 +1,6 @@
 """What all programs here share: errors for people, atomic files, JSON and images read with care."""
 
+import argparse
 import bz2
 import contextlib
 import functools
@@ -19,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import nibabel as nib
 import numpy as np
@@ -48,6 +49,13 @@ class UserError(ValueError):
 
 class CannotWrite(UserError):
     """A full disk, no permission, a folder of that name: writing further files would fail too."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 _said: set[str] = set()

@@ -35,11 +35,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import figures
-from config import FIELDS, Config, Parser, check_value, use_kernels
+from config import FIELDS, Config, check_value
 from data import check_grid, load_images
+from device import use_kernels
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth, write_table
 from files import (
     CannotWrite,
+    Parser,
     UserError,
     atomic_write,
     overlap,
