@@ -1,6 +1,5 @@
 """What all programs here share: errors for people, atomic files, JSON and images read with care."""
 
-import argparse
 import bz2
 import contextlib
 import functools
@@ -20,7 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -49,13 +48,6 @@ class UserError(ValueError):
 
 class CannotWrite(UserError):
     """A full disk, no permission, a folder of that name: writing further files would fail too."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 _said: set[str] = set()

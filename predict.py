@@ -41,7 +41,6 @@ from device import use_kernels
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth, write_table
 from files import (
     CannotWrite,
-    Parser,
     UserError,
     atomic_write,
     overlap,
@@ -54,6 +53,7 @@ from graph import Graph
 from layouts import Case, find_cases, safe_name, stem
 from metrics import remove_small
 from mirror_unet import BrainOutput
+from options import Parser
 
 
 # ---------------------------------------------------------------------------------- sliding window

@@ -166,7 +166,7 @@ class Run:
             c.foreground_fraction, c.patches_per_case,
             cubes=(c.cube, c.cubes) if c.corrupt == "shuffle" else None,
         )
-        # What a checkpoint holds besides the counts; "model" is what is validated and given away.
+        # What a checkpoint holds next to the counts; "model" is what is validated and given away.
         self.parts: dict[str, Any] = {"model": self.ema_model, "net": self.model}
         self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
         sides = {"train": train, "val": val}
