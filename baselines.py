@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import CachedCase, Case, read_label
-from evaluate import evaluate_case, read_truth
+from evaluate import MEASURES, evaluate_case, mean_of, read_truth
 from files import read_nifti
 from losses import SEGMENTATIONS, MirrorLoss
 from mirror_unet import (
@@ -654,6 +654,18 @@ def suv_threshold(
         mask = _read_suv(case.case) >= best
         rows += evaluate_case(case.case, read_truth(case.case), [mask], ("seg",))
     return best, rows
+
+
+def compare_threshold(train: list[CachedCase], val: list[CachedCase]) -> dict[str, float]:
+    """Print how `suv_threshold` segments the held-out studies; returns the threshold and means."""
+    best, rows = suv_threshold(train, val)
+    means = {name: mean_of(rows, name) for name in MEASURES}
+    volumes = f"FPV {means['fpv_ml']:.1f} ml, FNV {means['fnv_ml']:.1f} ml"
+    print(
+        f"for comparison, SUV > {best:.1f}, the best threshold on the training studies: "
+        f"Dice {means['dice']:.3f}, {volumes}"
+    )
+    return {"suv_threshold": best, **means}
 
 
 def _read_suv(case: Case) -> np.ndarray:

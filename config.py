@@ -6,26 +6,23 @@ files all use these. The presets below are bundles of options: the laptop-sized 
 of each --data, "autopet" and "brats" are the paper's recipes.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import typing
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import baselines
-import kernels
 from data import Preprocessing
+from device import choose_device
 from files import UserError, writing
 from mirror_unet import TASKS, MirrorUNet
+from options import Parser, add_option, as_argument, check_value, choice, number, option, show
 from patches import Augmentation
 from phantom import Harder
 
@@ -36,30 +33,6 @@ OPTIMIZERS: dict[str, dict[str, typing.Any]] = {
     "nnunet": dict(optimizer="sgd", lr=1e-2, weight_decay=3e-5, schedule="poly"),
     "blackbean": dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly"),
 }
-
-
-def option(
-    default, help: str, choices=None, low=None, high=None, count=None, was=None, before=None
-):
-    """A field of Config.
-
-    choices, low, high: allowed values; of a tuple, of each of its values. count: how many values a
-    tuple has. was: the field's name in older checkpoints and command lines. before: its value in
-    runs that are older than the field or its default, if that is not the default.
-    """
-    allowed = dict(help=help, choices=choices, low=low, high=high, count=count, was=was)
-    return field(default=default, metadata=allowed | dict(before=before))
-
-
-def choice(choices: str, help: str, **more):
-    """A field with a few allowed values; the first one is the default, and "-" is no value."""
-    values = tuple("" if word == "-" else word for word in choices.split())
-    return option(values[0], help, values, **more)
-
-
-def number(default, low, high, help: str, **more):
-    """A field, or a tuple's values, between low and high."""
-    return option(default, help, low=low, high=high, **more)
 
 
 @dataclass
@@ -322,57 +295,6 @@ PRESETS: dict[str, dict[str, typing.Any]] = {
 
 
 # ------------------------------------------------------------------------------------------ checks
-def show(value) -> str:
-    """A value as people write it."""
-    if isinstance(value, tuple):
-        return " ".join(map(show, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def as_argument(name: str, value) -> str:
-    """An option as it is given on the command line."""
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {show(value)}".rstrip()  # an empty tuple has no words
-
-
-def check_value(f: dataclasses.Field, value):
-    """`value` as the field's type, if it is one of those allowed. Raises ValueError, saying why."""
-    allowed: typing.Any = f.metadata
-    if typing.get_origin(f.type) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"expected a list of numbers, got {value!r:.80}")
-        if allowed["count"] not in (None, len(value)):
-            raise ValueError(f"takes {allowed['count']} numbers, got {len(value)}")
-        if allowed["choices"] and len(set(map(str, value))) < len(value):
-            raise ValueError(f"names a value twice: {show(tuple(value)):.80}")
-        numbers = tuple(_check_one(typing.get_args(f.type)[0], v, allowed) for v in value)
-        if allowed["count"] == 2 and not numbers[0] < numbers[1]:  # a window
-            raise ValueError(f"{show(numbers)}: the first number must be the smaller one")
-        return numbers
-    return _check_one(f.type, value, allowed)
-
-
-def _check_one(kind, value, allowed):
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"expected {names[kind]}, got {value!r:.80}")
-    low, high, choices = allowed["low"], allowed["high"], allowed["choices"]
-    if choices and value not in choices:
-        names = ", ".join(str(c) for c in choices if c != "")
-        raise ValueError(f"{value!r:.80}: use one of {names}")
-    if low is not None and value < low:
-        raise ValueError(f"{value!r:.80}: give {low:g} or more")
-    if high is not None and value > high:
-        raise ValueError(f"{value!r:.80}: give {high:g} or less")
-    return value
-
-
 def check(c: Config) -> None:
     """Refuse options that exclude each other, fill in those that depend on others: UserError."""
     if c.model != "joint" and (c.tasks, c.skips) != ("v1", "pet"):
@@ -397,56 +319,7 @@ def check(c: Config) -> None:
             raise UserError(f"--ct-weight {c.ct_weight}: give a number from 0 to 1, or learnable")
 
 
-def choose_device(c: Config) -> None:
-    """Turn --device auto into what this machine has, and refuse what it cannot run: UserError."""
-    if c.device == "cuda" and not torch.cuda.is_available():
-        advice = "use --device cpu, or install a CUDA build of PyTorch"
-        raise UserError(f"--device cuda: PyTorch sees no CUDA device here; {advice}")
-    if c.device == "auto":
-        c.device = "cuda" if torch.cuda.is_available() else "cpu"
-    use_kernels(c.kernels)
-    cudnn = torch.backends.cudnn.version() or 0
-    if c.amp != "off" and torch.__version__.startswith("2.9.") and 90800 <= cudnn < 91500:
-        problem = f"PyTorch 2.9 with cuDNN {cudnn} convolves wrongly or slowly in half precision"
-        warnings.warn(f"--amp {c.amp}: {problem} (pytorch#166122, #163539)", stacklevel=2)
-    forbids = {
-        "a CPU": c.device == "cpu", "--compile": c.compile,
-        "--amp fp16, which skips steps": c.amp == "fp16",
-        "valindria, whose modalities take turns": c.model == "valindria",
-        "torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
-    }
-    for what in [what for what, found in forbids.items() if found and c.graph]:
-        raise UserError(f"--graph does not go with {what}; leave one of them out")
-    if c.device != "cpu":
-        return
-    if c.kernels == "triton" and not kernels.INTERPRETED:
-        advice = "use --device cuda, or --kernels plain"
-        raise UserError(f"--kernels triton --device cpu: Triton kernels run on a GPU; {advice}")
-    if c.amp == "fp16":
-        raise UserError("--amp fp16 needs a CUDA device; on CPU use --amp bf16 or off")
-    if c.amp == "bf16" and c.patch[0] == 32:
-        # Found in PyTorch 2.13: on CPU, the bfloat16 weight gradient of a 3^3 convolution on
-        # (2, *, *) voxels reads memory that was never written.
-        problem = "a first side of 32 meets a bug of PyTorch's convolution"
-        raise UserError(f"--amp bf16 on a CPU: {problem}; use another --patch")
-
-
-def use_kernels(choice: str) -> None:
-    """`kernels.use`, with its error as a UserError about --kernels."""
-    try:
-        kernels.use(choice)
-    except ValueError as e:
-        raise UserError(f"--kernels {choice}: {e}") from None
-
-
 # -------------------------------------------------------------------------------- the command line
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one line, like all others."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def build_parser(description: str) -> Parser:
     """An option per field, grouped; the help shows the values of the laptop presets."""
     parser = Parser(description=description, usage="%(prog)s [options]")
@@ -460,23 +333,8 @@ def build_parser(description: str) -> Parser:
     for f in FIELDS.values():
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
-        more: dict[str, typing.Any] = dict(default=argparse.SUPPRESS, dest=f.name)
-        if f.type is bool:
-            more |= dict(action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(f.type) is tuple:
-            more |= dict(type=typing.get_args(f.type)[0], nargs="*", metavar="N")
-        else:
-            kinds = {int: "N", float: "X", str: "TEXT"}
-            choices = [c for c in f.metadata["choices"] or () if c != ""]
-            metavar = "{" + ",".join(choices) + "}" if choices else kinds[typing.cast(type, f.type)]
-            more |= dict(type=f.type, metavar=metavar)
-        if f.name == "fold":
-            more["type"] = fold_or_all
-        text = (f.metadata["help"] + defaults_of(f)).replace("%", "%%")
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=text, **more)
-        if f.metadata["was"]:  # the older name keeps working
-            old = f"--{f.metadata['was'].replace('_', '-')}"
-            group.add_argument(old, help=argparse.SUPPRESS, **more)
+        kind = fold_or_all if f.name == "fold" else None
+        add_option(group, f, f.metadata["help"] + defaults_of(f), kind)
     return parser
 
 

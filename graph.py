@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WARM_UP = 3  # ordinary calls, in which kernels are compiled and optimizers get their memory
 
@@ -83,6 +83,12 @@ def read_later(t: Tensor) -> Callable[[], list]:
         return host.tolist()
 
     return read
+
+
+def averaged(model: nn.Module) -> list[Tensor]:
+    """The tensors to average: parameters and running statistics, each shared one once."""
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    return [t for t in tensors if t.is_floating_point()]
 
 
 def move_towards(means: list[Tensor], tensors: list[Tensor], share: float | Tensor) -> None:

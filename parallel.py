@@ -48,6 +48,14 @@ def say(message: str) -> None:
         tqdm.write(message)
 
 
+def progress_bar(share: float) -> tqdm:
+    """A bar over thousandths of a run, of which `share` (0 to 1) is done."""
+    return tqdm(
+        total=1000, desc="training", initial=int(1000 * share), disable=rank() > 0,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
+    )
+
+
 def loaders(workers: int, device: torch.device, voxels: int) -> int:
     """Return how many of the `workers` that are asked for each process gets as loaders.
 

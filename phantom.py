@@ -614,6 +614,24 @@ def _is_made(path: Path, text: str) -> bool:
     return size == header.get_data_offset() + voxels
 
 
+def write(
+    data: str, root, cache, n: int, spacing, harder: Harder = USUAL
+) -> Path:
+    """Write a run's `n` studies into `root`, or if that is empty, into a folder of `cache`.
+
+    data: "phantom" or "phantom-brain". Returns the folder; its name in `cache` says what decides
+    the studies.
+    """
+    sides = "x".join(f"{s:g}" for s in spacing)
+    name = f"{data}-{n}-{sides}mm {harder}".strip().replace(", ", "-").replace(" ", "-")
+    root = Path(root) if root else Path(cache) / name
+    if data == "phantom":
+        write_petct(root, n, spacing=spacing, harder=harder)
+    else:
+        write_brain(root, n, spacing=spacing)
+    return root
+
+
 def write_petct(
     root, n: int, seed: int = 0, spacing=(4., 4., 4.), harder: Harder = USUAL
 ) -> list[Path]:

@@ -32,14 +32,16 @@ from tqdm import tqdm
 
 import figures
 import files
-from config import FIELDS, Config, Parser, check_value, use_kernels
+from config import FIELDS, Config, check_value
 from data import check_grid, load_images
+from device import use_kernels
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth
 from files import UserError, overlap, read_header, read_nifti, run_program, same_grid, save_nifti
 from graph import Graph
 from layouts import Case, find_cases, study_of
 from metrics import remove_small
 from mirror_unet import BrainOutput
+from options import Parser
 
 
 # ---------------------------------------------------------------------------------- sliding window

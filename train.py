@@ -25,6 +25,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ import phantom
 import processes
 from config import ALL_FOLDS, SYSTEM, Config, as_argument, parse_config
 from files import Stopped, UserError, atomic_write, note, run_program, writing
-from graph import Graph, move_towards, read_later
+from graph import Graph, averaged, move_towards, read_later
 from parallel import say
 from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
 
@@ -56,13 +57,8 @@ from predict import autocast, load_checkpoint, predict_image, reconstruct, to_ma
 def load_folds(c: Config) -> list[tuple[list[data.CachedCase], list[data.CachedCase]]]:
     """Find, preprocess and split the studies: (training, validation) of each fold of the run."""
     if c.data.startswith("phantom"):
-        write = phantom.write_brain
-        if c.task == "petct":
-            write = partial(phantom.write_petct, harder=c.harder)
-        name = f"{c.data}-{c.phantoms}-{'x'.join(f'{s:g}' for s in c.spacing)}mm {c.harder}"
-        name = name.strip().replace(", ", "-").replace(" ", "-")
-        root = Path(c.root) if c.root else Path(c.cache) / name
-        write(root, c.phantoms, spacing=c.spacing)  # on the network's grid: no resampling
+        options = (c.phantoms, c.spacing, c.harder)  # on the network's grid: no resampling
+        root = phantom.write(c.data, c.root, c.cache, *options)
     else:
         root = Path(c.root)
     found, line = data.find_cases(root, c.task, True, c.patient_regex, c.label_codes)
@@ -133,7 +129,10 @@ def learning_rate(c: Config, t: float) -> float:
 class Run:
     """One training run and its folder.
 
-    Everything that decides the next step is in `state()`, so a resumed run is the same run.
+    A step    `train_step`: `prepare` a batch, `learn` from it on the device, `judge` its numbers.
+    Checked   `judge`: a loss or gradient that is not finite changes nothing, and ends the run or is
+              skipped. `save`: no checkpoint holds NaN, or weights whose next loss has exploded.
+    Saved     `state`: all that decides the next step, so a resumed run is the same run.
     """
 
     # Options that a run cannot change when it is resumed.
@@ -148,7 +147,7 @@ class Run:
         self.device = parallel.start(c.device)
         layout = torch.channels_last_3d if c.channels_last else torch.contiguous_format
         self.model = build_model(c).to(self.device, memory_format=layout)  # type: ignore
-        self.ema_model = self.model  # what is validated and saved
+        self.ema_model = self.model
         if c.ema:
             self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
         self.ema_tensors, self.model_tensors = averaged(self.ema_model), averaged(self.model)
@@ -167,25 +166,30 @@ class Run:
             c.foreground_fraction, c.patches_per_case,
             cubes=(c.cube, c.cubes) if c.corrupt == "shuffle" else None,
         )
-        self.graph = Graph(self.learn, self.device) if c.graph else None
-        self.rates: Any = torch.zeros(2, device=self.device).unbind() if c.graph else (c.lr, 1.0)
-        self.late: Any = None  # reads the numbers of the last step, with a graph
+        # What a checkpoint holds next to the counts; "model" is what is validated and given away.
+        self.parts: dict[str, Any] = {"model": self.ema_model, "net": self.model}
+        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        sides = {"train": train, "val": val}
+        self.studies = {side: {k.name: k.source for k in cases} for side, cases in sides.items()}
+        self.code = {"code": files.source_version(), "torch": str(torch.__version__)}
+        self.lines = files.Log(self.folder / "metrics.jsonl")
+        self.again = c.out  # the folder that a stopped run is resumed with
         self.step = 0
         self.seen = 0  # patches
         self.seconds = 0.0  # spent on steps
         self.best = -1.0  # mean Dice of best.pt
         self.finished = False
-        sides = {"train": train, "val": val}
-        self.studies = {side: {k.name: k.source for k in cases} for side, cases in sides.items()}
         self.validated = 0  # how many of the validations are done
         self.skipped = 0  # steps left out by --skip-nonfinite
         self.skipped_since = 0  # those since the last finite one
         self.usual = 0.0  # mean loss of the last hundred steps or so
-        self.written = 0  # the step of last.pt
-        self.lines = files.Log(self.folder / "metrics.jsonl")
-        self.kept: dict[str, bytes] = {}  # checkpoints to be written, by name
-        self.again = c.out  # the folder that a stopped run is resumed with
-        self.code = {"code": files.source_version(), "torch": str(torch.__version__)}
+        self.largest = math.inf if c.clip else 1e18  # norm of a gradient: Adam has to square it
+        self.kept: tuple[int, bytes] | None = None  # a step, and last.pt after it: see `save`
+        self.written = 0  # the step that --resume continues from
+        self.graph = Graph(self.learn, self.device) if c.graph else None
+        self.late: Any = None  # with a graph, judges the last step
+        # The learning rate, and the share of the way that averaged weights move.
+        self.rates: Any = torch.zeros(2, device=self.device).unbind() if c.graph else (c.lr, 1.0)
 
     @property
     def batch_of_all(self) -> int:
@@ -195,23 +199,24 @@ class Run:
     # --------------------------------------------------------------------------------- checkpoints
     def state(self) -> dict:
         """What a checkpoint holds. The schedule needs no state: it depends on `progress` alone."""
-        return {name: getattr(self, name) for name in self.COUNTS} | {
-            "config": self.c.to_dict(),
-            "code": self.code,
-            "log_bytes": self.lines.size,
-            "log_crc": self.lines.crc,
-            "model": self.ema_model.state_dict(),
-            "net": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        state = {name: getattr(self, name) for name in self.COUNTS}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        log = {"log_bytes": self.lines.size, "log_crc": self.lines.crc}
+        return state | log | {"config": self.c.to_dict(), "code": self.code}
+
+    def finite(self) -> bool:
+        """Whether all weights and running statistics are."""
+        return all(bool(t.isfinite().all()) for t in self.model_tensors)
 
     def save(self, name: str, now: bool = True) -> None:
-        """Write a checkpoint atomically; if not `now`, once the next loss is usual. Refuses NaN."""
-        self.note_late()
+        """Write a checkpoint atomically. Refuses NaN.
+
+        now: False keeps it in memory until the next loss shows that the weights have not exploded.
+        """
+        self.judge_late()
         if parallel.rank() > 0:
             return
-        if not all(bool(t.isfinite().all()) for t in self.model_tensors):
+        if not self.finite():
             if now:
                 raise self.not_finite(f"a weight is not finite after step {self.step}")
             return  # the next loss will not be finite
@@ -219,15 +224,20 @@ class Run:
         more = {"studies": self.studies if name == "last.pt" else files.digest(self.studies)}
         buffer = io.BytesIO()  # torch.save has its own errors for a full disk
         torch.save(self.state() | more, buffer)
-        self.kept[name] = buffer.getvalue()
-        if now:
-            self.write_kept(name)
+        if name == "last.pt":
+            self.kept = self.step, buffer.getvalue()
+            if now:
+                self.write_kept()
+        else:
+            files.write_file(self.folder / name, buffer.getvalue())
+            self.written = self.written or self.step
 
-    def write_kept(self, name: str = "last.pt") -> None:
-        """Write what `save` kept, if anything."""
-        if name in self.kept:
-            files.write_file(self.folder / name, self.kept.pop(name))
-            self.written = self.step
+    def write_kept(self) -> None:
+        """Write the last.pt that `save` kept, if any."""
+        if self.kept:
+            step, content = self.kept
+            files.write_file(self.folder / "last.pt", content)
+            self.written, self.kept = step, None
 
     def resume(self) -> None:
         """Continue from last.pt, and cut metrics.jsonl to its length then. Raises UserError.
@@ -260,10 +270,8 @@ class Run:
             codes = f"{state['code']}, this is {self.code}"
             say(f"note: {path} was written by other code ({codes}); losses may differ from here on")
         try:
-            self.model.load_state_dict(state["net"])
-            self.ema_model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
             for group in self.optimizer.param_groups:
                 group["capturable"] = self.c.graph
             for name in self.COUNTS:
@@ -274,7 +282,7 @@ class Run:
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
             why = " ".join(str(e).split())[:160]
             raise UserError(f"{path}: does not fit this version's network: {why}; {ways}") from None
-        if not all(bool(t.isfinite().all()) for t in self.model_tensors):
+        if not self.finite():
             raise UserError(f"{path}: holds weights that are NaN or infinite; {ways}")
         changes = files.changed_studies(path, state["studies"], self.studies)
         if changes and not self.c.accept_changes:
@@ -298,29 +306,31 @@ class Run:
         if parallel.rank() == 0:
             self.lines.add(row)
 
+    def log_step(self, row: dict[str, float]) -> None:
+        """Append the row of a step."""
+        self.log({"step": row["step"], "seconds": round(self.seconds, 3), **row})
+
     # ------------------------------------------------------------------------------------ training
     def progress(self) -> float:
         """Share of the run that is done: of its steps or its minutes, whichever end first."""
         spent = self.seconds / (60 * self.c.minutes) if self.c.minutes else 0.0
         return min(1.0, max(self.step / self.c.steps, spent))
 
-    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """One step on a batch of the loader; returns the total loss and its parts.
-
-        A step whose loss or gradient is not finite changes nothing: see `skip`. With --graph the
-        numbers are those of the step before, whose "step" they name, or {} at first: the host
-        prepares the next step meanwhile instead of waiting for this one.
-        """
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of the loader on the device, with "x": its images, the CT corrupted."""
         c = self.c
-        given, keys, corners = batch, batch["key"], batch.get("corners")
-        buffers = [t.clone() for t in self.model.buffers()] if c.skip_nonfinite else []
-        batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        more = (c.cube, c.cubes, c.sigma, corners)
-        x = patches.corrupt_ct(batch["image"], c.corrupt, keys, *more)
+        names = ("image", "label", "tumor")
+        inputs = {name: batch[name].to(self.device, non_blocking=True) for name in names}
+        more = (c.cube, c.cubes, c.sigma, batch.get("corners"))
+        x = patches.corrupt_ct(inputs["image"], c.corrupt, batch["key"], *more)
         if c.channels_last:
             x = x.contiguous(memory_format=torch.channels_last_3d)
-        lr = learning_rate(c, self.progress())
-        decay = min(c.ema, (1 + self.step) / (10 + self.step))  # forget the start quickly
+        return inputs | {"x": x}
+
+    def set_rates(self) -> float:
+        """Set the rates of this step; returns its learning rate."""
+        lr = learning_rate(self.c, self.progress())
+        decay = min(self.c.ema, (1 + self.step) / (10 + self.step))  # forget the start quickly
         if self.graph:
             for rate, value in zip(self.rates, (lr, 1 - decay)):
                 rate.fill_(value)
@@ -328,21 +338,25 @@ class Run:
             self.rates = (lr, 1 - decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[0]
-        torch.manual_seed(hash((c.random_seed, self.step)) & 0x7FFFFFFF)  # of (seed, step) alone
+        return lr
+
+    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One step on a batch of the loader; returns its row of the log.
+
+        With --graph this is the row of the step before, {} at first: the host prepares the next
+        step meanwhile instead of waiting for the numbers of this one.
+        """
+        inputs = self.prepare(batch)
+        row = {"step": self.step + 1, "lr": self.set_rates()}
+        torch.manual_seed(hash((self.c.random_seed, self.step)) & 0x7FFFFFFF)  # of these alone
         self.model.turn = self.step % 2  # valindria trains the modalities in turns
-        inputs = {name: batch[name] for name in ("image", "label", "tumor")} | {"x": x}
+        numbers = (self.graph or self.learn)(**inputs)
         if self.graph:
-            read, late = read_later(self.graph(**inputs)), self.late
-            more = {"lr": lr, "step": self.step + 1}
-            self.late = lambda: self.judge(dict(zip(self.names, read())) | more, given)
+            late, self.late = self.late, partial(self.judge, read_later(numbers), row, batch)
             return late() if late else {}
-        numbers = self.learn(**inputs).double()
-        numbers = parallel.mean(numbers).tolist()  # one transfer from the GPU
-        row = self.judge(dict(zip(self.names, numbers)) | {"lr": lr}, given)
+        row = self.judge(numbers.tolist, row, batch)
         if "skipped" not in row:
             self.update(self.rates[1])
-        for tensor, before in zip(self.model.buffers(), buffers if "skipped" in row else []):
-            tensor.copy_(before)
         return row
 
     def learn(self, x: Tensor, image: Tensor, label: Tensor, tumor: Tensor) -> Tensor:
@@ -352,7 +366,7 @@ class Run:
         --graph this is what is recorded: nothing here may ask the host.
         """
         c = self.c
-        buffers = [t.clone() for t in self.model.buffers()] if self.graph else []
+        buffers = [t.clone() for t in self.model.buffers()] if c.graph or c.skip_nonfinite else []
         batch = {"image": image, "label": label, "tumor": tumor}
         with autocast(self.device.type, c.amp):
             outputs = self.forward(x)
@@ -361,19 +375,16 @@ class Run:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
-        if self.graph:  # the host sees too late that a number is not finite: change nothing then
-            finite = loss.detach().isfinite() & (norm < self.largest)
-            self.optimizer.found_inf = 1 - finite.float()  # type: ignore
-            for tensor, before in zip(self.model.buffers(), buffers):
-                tensor.copy_(torch.where(finite, tensor, before))
-            self.update(self.rates[1] * finite)
         self.names = ("loss", *parts, "grad_norm")
-        return torch.stack([loss.detach(), *parts.values(), norm])
-
-    @property
-    def largest(self) -> float:
-        """The norm of a gradient must be smaller: Adam has to square gradients."""
-        return math.inf if self.c.clip else 1e18
+        numbers = torch.stack([loss.detach(), *parts.values(), norm]).double()
+        numbers = parallel.mean(numbers)
+        finite = numbers[0].isfinite() & (numbers[-1] < self.largest)
+        for tensor, before in zip(self.model.buffers(), buffers):
+            tensor.copy_(torch.where(finite, tensor, before))
+        if c.graph:  # `judge` will see too late that a number is not finite: change nothing then
+            self.optimizer.found_inf = 1 - finite.float()  # type: ignore
+            self.update(self.rates[1] * finite)
+        return numbers
 
     def update(self, share: float | Tensor) -> None:
         """Change the weights by their gradients, and the averaged ones by a share of the way."""
@@ -382,8 +393,12 @@ class Run:
         if self.c.ema:
             move_towards(self.ema_tensors, self.model_tensors, share)
 
-    def judge(self, row: dict[str, float], batch: dict[str, Tensor]) -> dict[str, float]:
-        """The row of a step; if its numbers are not finite, what `skip` says of it."""
+    def judge(self, read: Callable[[], list], row: dict, batch: dict) -> dict[str, float]:
+        """Complete a step's row with the numbers of `learn`, which `read` gives, and check them.
+
+        If they are usual, what `save` kept is good and is written; if they are not finite, `skip`.
+        """
+        row = dict(zip(self.names, read())) | row
         finite = math.isfinite(row["loss"]) and row["grad_norm"] < self.largest
         if not finite and self.scaler.get_scale() <= 1:  # a larger one is halved instead (fp16)
             return self.skip(batch, row)
@@ -391,19 +406,19 @@ class Run:
         if finite and row["loss"] < 1000 * (1 + self.usual):  # else weights have exploded
             self.usual += 0.01 * (row["loss"] - self.usual)
             self.write_kept()
-        self.kept.clear()
+        self.kept = None
         self.skipped_since = 0
         return row
 
-    def note_late(self) -> None:
-        """With --graph: log the last step, too."""
+    def judge_late(self) -> None:
+        """With --graph: judge and log the last step, too."""
         late, self.late = self.late, None
         if late:
-            self.log({"step": self.step, "seconds": round(self.seconds, 3), **late()})
+            self.log_step(late())
 
     def skip(self, batch: dict[str, Tensor], row: dict[str, float]) -> dict[str, float]:
         """Leave a step out, or end the run with a UserError. Writes the first such batch."""
-        step = row.get("step", self.step + 1)
+        step = row["step"]
         if not self.skipped:
             content = {"step": step, "row": row, "batches": parallel.gather([batch])}
             if parallel.rank() == 0:
@@ -443,7 +458,7 @@ class Run:
         Ctrl-C and SIGTERM finish a step, and break off a validation, which is then repeated.
         """
         self.model.train()
-        with files.Interrupts() as interrupts, progress_bar(self.progress()) as bar:
+        with files.Interrupts() as interrupts, parallel.progress_bar(self.progress()) as bar:
             try:
                 self.take_steps(interrupts, bar)
                 self.save("last.pt")
@@ -475,12 +490,12 @@ class Run:
             spent = self.seconds + time.monotonic() - start
             self.seconds, stopping = parallel.largest(spent, float(interrupts.asked))
             if row:
-                self.log({"step": self.step, "seconds": round(self.seconds, 3), **row})
+                self.log_step(row)
             bar.update(int(1000 * self.progress()) - bar.n)
             if "loss" in row:  # else it was left out, or comes later (--graph)
                 dice = next(v for k, v in row.items() if k.endswith("_dice"))
                 numbers = f"loss {row['loss']:.3f}  dice loss {dice:.3f}"
-                bar.set_postfix_str(f"step {row.get('step', self.step)}  {numbers}")
+                bar.set_postfix_str(f"step {row['step']}  {numbers}")
             if stopping or time.monotonic() - saved >= 60 * c.checkpoint_minutes:
                 self.save("last.pt", now=False)  # once the next loss is finite
                 saved = time.monotonic()
@@ -503,7 +518,7 @@ class Run:
 
     def validate(self, last: bool) -> None:
         """Score every held-out case on its original grid; the last time, also report and draw."""
-        self.note_late()
+        self.judge_late()
         targets = self.c.targets
         rows = []  # a list per case
         mine = self.val_cases[parallel.rank() :: parallel.size()]
@@ -534,26 +549,12 @@ class Run:
         self.save("last.pt", now=last)
 
     def report(self, rows: list[dict]) -> None:
-        """The end of a run: its table, the best SUV threshold for comparison, its pictures."""
+        """The end of a run: its table, an SUV threshold, its best, middle and worst case drawn."""
         files.write_table(rows, self.folder / "validation.csv")
         evaluate.print_table(rows, self.c.targets)
         if self.c.task == "petct":
-            self.compare_threshold()
-        self.draw(rows)
-
-    def compare_threshold(self) -> None:
-        """Print how the best threshold on SUV segments the same held-out studies."""
-        best, rows = baselines.suv_threshold(self.train_cases, self.val_cases)
-        means = {k: evaluate.mean_of(rows, k) for k in evaluate.MEASURES}
-        self.log({"step": self.step, "suv_threshold": best, **means})
-        volumes = f"FPV {means['fpv_ml']:.1f} ml, FNV {means['fnv_ml']:.1f} ml"
-        print(
-            f"for comparison, SUV > {best:.1f}, the best threshold on the training studies: "
-            f"Dice {means['dice']:.3f}, {volumes}"
-        )
-
-    def draw(self, rows: list[dict]) -> None:
-        """validation.png: the best, the middle and the worst case."""
+            row = baselines.compare_threshold(self.train_cases, self.val_cases)
+            self.log({"step": self.step, **row})
         target = self.c.targets[0]
         scored = [r for r in rows if r["target"] == target and not math.isnan(r["dice"])]
         order = sorted(scored, key=lambda r: -r["dice"]) or rows[:1]
@@ -576,20 +577,6 @@ class Run:
             "spacing": voxel_sizes(case.affine),
             "reconstructions": reconstruct(self.ema_model, image, c.patch, c.overlap, c.batch),
         }
-
-
-def averaged(model: nn.Module) -> list[Tensor]:
-    """The tensors to average: parameters and running statistics, each shared one once."""
-    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    return [t for t in tensors if t.is_floating_point()]
-
-
-def progress_bar(share: float) -> tqdm:
-    """A bar over thousandths of a run, of which `share` (0 to 1) is done."""
-    return tqdm(
-        total=1000, desc="training", initial=int(1000 * share), disable=parallel.rank() > 0,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
-    )
 
 
 def prepare_folder(c: Config) -> None:

@@ -36,6 +36,8 @@ SUPPORT = {
     "layouts.py": "folders of studies in any layout → cases",
     "files.py": "clear errors, atomic writes, JSON and images read with care",
     "processes.py": "locks, child processes, cores and memory",
+    "options.py": "options as fields: allowed values, checks, command line",
+    "device.py": "what this machine can run: device, precision, kernels",
     "parallel.py": "several processes that equal one with the joined batch",
     "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",
 }

@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run(arguments): 
     assert row["step"] == 1 and row["loss"] > 0
     assert all(torch.equal(t, b) for t, b in zip(state, before, strict=True))
     with pytest.raises(UserError, match="the loss is nan at step 2"):
-        run.note_late()
+        run.judge_late()
 
 
 # ------------------------------------------------------------------------------------- what forbids

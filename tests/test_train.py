@@ -137,7 +137,7 @@ def test_a_step_reports_its_loss_parts_gradient_norm_and_learning_rate(arguments
     before = [p.clone() for p in run.model.parameters()]
     row = run.train_step(first_batch(run))
     parts = ("seg_dice", "seg_ce", "ct_l2", "pet_l2", "cls_bce")
-    assert tuple(row) == ("loss", *parts, "grad_norm", "lr")
+    assert tuple(row) == ("loss", *parts, "grad_norm", "step", "lr")
     dice, ce, ct, pet, cls = (row[part] for part in parts)
     total = 0.5 * (dice + ce) + 1e-3 * (ct + pet) / 2 + 1e-2 * cls
     assert row["loss"] == pytest.approx(total, rel=1e-5)
