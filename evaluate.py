@@ -97,9 +97,8 @@ def summarize(rows: list[dict], targets: tuple[str, ...]) -> dict[str, float]:
         means |= {f"{target}_{k}": mean_of(mine, k) for k in MEASURES}
     scored = [r for r in rows if r["target"] == targets[0] and not math.isnan(r["tumor_score"])]
     if scored:
-        columns = ([r[k] for r in scored] for k in ("tumor_score", "has_tumor"))
-        scores = metrics.patient_metrics(*columns)
-        means |= {f"patient_{k}": v for k, v in scores.items()}
+        scores, truths = ([r[k] for r in scored] for k in ("tumor_score", "has_tumor"))
+        means |= {f"patient_{k}": v for k, v in metrics.patient_metrics(scores, truths).items()}
     return means
 
 

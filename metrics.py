@@ -196,7 +196,8 @@ def patient_metrics(score, has_tumor, threshold: float = 0.5) -> dict[str, float
     """
     score, positive = np.asarray(score, float), np.asarray(has_tumor, bool)
     if score.shape != positive.shape or score.ndim != 1:
-        raise ValueError(f"expected two arrays (N,), got {score.shape} and {positive.shape}")
+        shapes = f"{score.shape} and {positive.shape}"
+        raise ValueError(f"expected score and has_tumor of shape (N,), got {shapes}")
     called = score >= threshold
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     rank_sum = stats.rankdata(score)[positive].sum()  # ties get their mean rank
