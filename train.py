@@ -516,10 +516,8 @@ class Run:
         """A cached study (2, D, H, W), float32, on the run's device."""
         return torch.from_numpy(case.array("image").astype(np.float32)).to(self.device)
 
-    def validate(self, last: bool) -> None:
-        """Score every held-out case on its original grid; the last time, also report and draw."""
-        self.judge_late()
-        targets = self.c.targets
+    def score(self, last: bool) -> list[dict]:
+        """The rows of all held-out cases, each on its original grid; processes share the work."""
         rows = []  # a list per case
         mine = self.val_cases[parallel.rank() :: parallel.size()]
         quiet = parallel.rank() > 0
@@ -529,9 +527,15 @@ class Run:
             masks = to_masks(prob, case.affine, like, self.c.threshold)
             more = {"has_tumor": case.tumor, "tumor_score": math.nan if score is None else score}
             truth = evaluate.read_truth(case.case)
-            found = evaluate.evaluate_case(case.case, truth, masks, targets)
+            found = evaluate.evaluate_case(case.case, truth, masks, self.c.targets)
             rows.append([row | more for row in found])
-        rows = [row for case_rows in parallel.gather(rows) for row in case_rows]
+        return [row for case_rows in parallel.gather(rows) for row in case_rows]
+
+    def validate(self, last: bool) -> None:
+        """Log the scores and keep the best weights; the last time, also report and draw."""
+        self.judge_late()
+        targets = self.c.targets
+        rows = self.score(last)
         means = evaluate.summarize(rows, targets)
         self.log({"step": self.step, "val": means})
         known = [f"{name} {v:.3f}" for name, v in means.items() if not math.isnan(v)]

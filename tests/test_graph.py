@@ -284,6 +284,23 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run(arguments): 
         run.judge_late()
 
 
+def test_the_message_names_the_step_that_a_resumed_run_continues_from(arguments):  # noqa: F811
+    c = parse_config([*arguments, *"--model v3 --steps 9 --validations 1".split()])
+    c.graph = True
+    train.prepare_folder(c)
+    run = train.Run(c, *train.load_cases(c))
+    batch = next(iter(run.batches()))
+    run.train_step(batch)
+    run.step = 1
+    run.save("last.pt", now=False)  # written when the numbers of step 2 are read, during step 3
+    run.train_step(batch)
+    run.step = 2
+    run.train_step(batch | {"image": batch["image"] * torch.nan})
+    assert torch.load(run.folder / "last.pt", weights_only=True)["step"] == 1
+    with pytest.raises(UserError, match="is nan at step 3.*continues from step 1,"):
+        run.judge_late()
+
+
 # ------------------------------------------------------------------------------------- what forbids
 @pytest.mark.parametrize(
     "options,words",
