@@ -186,10 +186,8 @@ SLAB = 1 << 18  # logits per slab on a CPU: they fit the cache of a thread
 
 
 def dice_ce_plain(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
-    """`dice_ce_ref` with the backward pass derived above, in PyTorch; first derivatives only.
-
-    Made for CPUs. It also runs on a GPU, but waits for it, because it checks labels on the host.
-    """
+    """`dice_ce_ref` with the backward pass derived above, in PyTorch; first derivatives only. Made
+    for CPUs: on a GPU it waits, because it checks labels on the host."""
     return _call(False, logits, target, *options, **named)
 
 
@@ -323,8 +321,8 @@ def _two_class_sums(x, t, valid, weighted) -> Tensor | None:
 
 
 def _sum_log(factors: Tensor) -> float:
-    """The sum of logarithms, computed from products of four: a logarithm costs as much as ten
-    products. Overwrites the factors."""
+    """The sum of logarithms, each of a product of four, as one costs as much as ten products.
+    Overwrites the factors."""
     flat = factors.flatten()
     whole = flat.numel() // 4 * 4
     for half in (whole // 2, whole // 4):
@@ -396,11 +394,11 @@ if triton is not None:
         return y, mask
 
     @triton.jit
-    def _load_two(
-        logits, offsets, first, count, stride_c,
+    def _two_classes(
+        logits, offsets, first, count, stride_c, y,
         INTERLEAVED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """Both logits of each voxel: 2 x (BLOCK,)."""
+        """z, q = sigmoid(z) and 1 - q, both to full relative precision, and e^-|z|: (BLOCK,)."""
         if INTERLEAVED:
             i = tl.arange(0, 2 * BLOCK)
             x = tl.load(logits + 2 * first + i, mask=i < 2 * count, other=0.0)
@@ -409,7 +407,12 @@ if triton is not None:
             mask = tl.arange(0, BLOCK) < count
             l0 = tl.load(logits + offsets, mask=mask, other=0.0)
             l1 = tl.load(logits + stride_c + offsets, mask=mask, other=0.0)
-        return l0.to(ACC), l1.to(ACC)
+        l0, l1 = l0.to(ACC), l1.to(ACC)
+        z = tl.where(y == 1, l0 - l1, l1 - l0)
+        e = tl.exp(-tl.abs(z))
+        larger = 1.0 / (1.0 + e)
+        smaller = e * larger
+        return z, tl.where(z > 0, larger, smaller), tl.where(z > 0, smaller, larger), e
 
     @triton.jit
     def _load(
@@ -426,15 +429,6 @@ if triton is not None:
             mask = (c < C) & (tl.arange(0, BLOCK) < count)[None, :]
             x = tl.load(logits + c.to(tl.int64) * stride_c + offsets[None, :], mask=mask, other=0.0)
         return tl.where(c < C, x.to(ACC), float("-inf"))
-
-    @triton.jit
-    def _two_class(l0, l1, y):
-        """z, q = sigmoid(z) and 1 - q, both to full relative precision, and e^-|z|."""
-        z = tl.where(y == 1, l0 - l1, l1 - l0)
-        e = tl.exp(-tl.abs(z))
-        larger = 1.0 / (1.0 + e)
-        smaller = e * larger
-        return z, tl.where(z > 0, larger, smaller), tl.where(z > 0, smaller, larger), e
 
     @triton.jit
     def _sums_kernel(
@@ -471,8 +465,9 @@ if triton is not None:
             # and a number takes one register per voxel. A label outside [0, C) must not go
             # unnoticed, so such a voxel counts as NaN.
             if C == 2 and not SIGMOID:
-                l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
-                z, wrong, right, e = _two_class(l0, l1, y)
+                z, wrong, right, e = _two_classes(
+                    logits, offsets, first, count, stride_c, y, INTERLEAVED, ACC, BLOCK
+                )
                 loss = tl.maximum(z, 0.0) + tl.log(1.0 + e)  # log(1 + e^z)
                 t1 = tl.where(valid & (y == 1), 1.0, 0.0)
                 t0 = tl.where(valid & (y != 1), tl.where(y == 0, 1.0, float("nan")), 0.0)
@@ -539,9 +534,8 @@ if triton is not None:
         dice,  # (G, C)
         coefficients,  # (2 G + 1, C): a and b of each group, v
         groups, length, smooth_nr: tl.float64, smooth_dr: tl.float64,
-        dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64,
+        dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64, STEP: tl.constexpr,
         BACKGROUND: tl.constexpr, SIGMOID: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-        STEP: tl.constexpr,
     ):
         """Stage two, one program: loss, Dice, and scale times the coefficients, from the sums."""
         c = tl.arange(0, CP)
@@ -610,16 +604,15 @@ if triton is not None:
         b = a + C
         v = coefficients + last
         if C == 2 and not SIGMOID:
-            l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
-            z, wrong, right, e = _two_class(l0, l1, y)
-            a0 = tl.load(a)
-            a1 = tl.load(a + 1)
-            m = scale * tl.where(y == 1, a0 - a1 - tl.load(b + 1), a1 - a0 - tl.load(b))
+            z, wrong, right, e = _two_classes(
+                logits, offsets, first, count, stride_c, y, INTERLEAVED, ACC, BLOCK
+            )
+            d = tl.load(a) - tl.load(a + 1)
+            m = scale * tl.where(y == 1, d - tl.load(b + 1), -d - tl.load(b))
             v_y = tl.where(y == 1, tl.load(v + 1), tl.load(v))
             g = tl.where(valid, wrong * (scale * v_y + right * m), 0.0)
             g = tl.where(y == 1, -g, g)  # d loss / d l1
-            g0 = (-g).to(grad.dtype.element_ty)
-            g1 = g.to(grad.dtype.element_ty)
+            g0, g1 = (-g).to(grad.dtype.element_ty), g.to(grad.dtype.element_ty)
             if INTERLEAVED:
                 row = tl.reshape(tl.join(g0, g1), (C * BLOCK,))
             else:
@@ -664,8 +657,7 @@ def _flat_stride(size, stride) -> int | None:
 
 def _geometry(logits: Tensor, **others: Tensor) -> dict:
     """Sizes, strides and the tile's shape as kernel arguments."""
-    c = logits.shape[1]
-    size = logits.shape[2:]
+    c, size = logits.shape[1], logits.shape[2:]
     n = size.numel()
     padded = triton.next_power_of_2(c)
     tensors = {"logits": logits, **others}
@@ -675,9 +667,8 @@ def _geometry(logits: Tensor, **others: Tensor) -> dict:
     args = {}
     for name, x in tensors.items():
         spatial = (0, 0, steps[name]) if flat else (0, 0, *x.stride()[-len(size) :])[-3:]
-        args[f"{name}_strides"] = (x.stride(0), *spatial)
-        if x.dim() == logits.dim():
-            args[f"{name}_strides"] += (x.stride(1),)
+        channel = x.stride()[1 : 1 + x.dim() - 1 - len(size)]  # labels have none, unless sigmoid
+        args[f"{name}_strides"] = (x.stride(0), *spatial, *channel)
         if name != "target":
             interleaved = interleaved and x.stride(1) == 1 and steps[name] == c
     # On a CPU it is the interpreter that runs, which takes milliseconds per program.
@@ -753,10 +744,8 @@ def _call(
     if class_weight is not None:
         class_weight = class_weight.detach().to(logits.device).contiguous()
     settings = (include_background or sigmoid, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
-    arguments = (logits, target, class_weight, *settings, ignore_index, sync, fused)
-    loss, dice, _ = _dice_ce(*arguments)
-    dice = dice.detach()
-    return loss, dice[0] if batch else dice
+    loss, dice, _ = _dice_ce(logits, target, class_weight, *settings, ignore_index, sync, fused)
+    return loss, (dice[0] if batch else dice).detach()
 
 
 @torch.library.custom_op("mirror_unet::dice_ce", mutates_args=())
@@ -769,8 +758,7 @@ def _dice_ce(
     if fused:
         partials = _run(*_sums_launch(logits, target, ignore_index))["partials"]
     else:
-        weighted = class_weight is not None
-        partials = _sums_plain(logits, target, ignore_index, weighted)[..., None]
+        partials = _sums_plain(logits, target, ignore_index, class_weight is not None)[..., None]
     processes = dist.get_world_size() if sync else 1
     if sync:
         partials = partials.sum(3, keepdim=True, dtype=torch.float64)

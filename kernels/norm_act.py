@@ -22,7 +22,7 @@ xhat and z are recomputed from x, so the forward pass saves only x and two numbe
 Bytes per element, in float32. A large instance does not fit into a multiprocessor's memory, and its
 mean is known only after all of it has been read. So nothing can move less than: forward, x twice
 and y once, 12 (+ 4 for the residual); backward, x and g twice and dx once, 20. The Triton kernels
-move 12.01 and 20.02 in NCDHW, 12.07 and 20.07 in channels_last_3d. Each pass takes three launches:
+move 12.01 and 20.01 in NCDHW, 12.07 and 20.09 in channels_last_3d. Each pass takes three launches:
 sums per tile, their merge, and the pass that writes the result. Instances of at most 16384 voxels
 (in channels_last_3d, 8 channels of at most 2048) stay in registers: 8 and 12 bytes, one launch
 forward, and two backward, of which the second sums the parameters' gradients over the batch. All
@@ -41,8 +41,7 @@ Layout. A sample is read as a matrix of rows (voxels) and columns (channels). Ti
     any other view      rows are found by the strides of D, H and W: no copy, but no wide accesses
 
 The result has x's layout. Plain PyTorch below does the same with views. (`F.instance_norm` copies
-to NCDHW. PyTorch's channels-last group norm uses the unstable variance, and returns NaN gradients
-in bfloat16 on CPU.)
+to NCDHW. PyTorch's channels-last group norm uses the unstable variance; on CPU in bfloat16: NaN.)
 """
 
 from collections.abc import Callable
@@ -112,14 +111,14 @@ def _check(x, weight, bias, slope, residual) -> tuple[Tensor | None, float]:
             wanted = f"{' or '.join(map(str, sizes))} values for {c} channels"
             raise ValueError(f"{name}: expected {wanted}, got shape {tuple(t.shape)}")
     if residual is not None and residual.shape != x.shape:
-        shapes = f"{tuple(x.shape)}, got {tuple(residual.shape)}"
-        raise ValueError(f"residual: expected the shape of x, {shapes}")
+        found = tuple(residual.shape)
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {found}")
     return slope, leak
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch
-def norm_act_plain(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
-    """`norm_act_ref` with the backward pass above, on any device; first derivatives only."""
+def norm_act_plain(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5, stats=None):
+    """`norm_act_ref` with the backward pass above; first derivatives only. `stats` is not used."""
     slope, leak = _check(x, weight, bias, slope, residual)
     return _NormAct.apply(x, weight, bias, slope, leak, residual, eps)
 
@@ -455,10 +454,8 @@ def _walk(like: Tensor, whole: int, weight, bias, slope, **tensors: Tensor | Non
 
     A row is a voxel and a column is a channel; if all tensors are dense channels_last_3d, K voxels
     make a row. The layout of `like` decides a tile's width: 64 bytes of channels, or one channel.
-    If they fit into REGISTERS, and in channels_last_3d into `whole` bytes, a tile has all rows of a
-    channel, or of 16 bytes or more of channels. (0: never.)
-
-    Returns arguments of kernels: the tensors and parameters, strides, sizes, and the tile.
+    If they fit into REGISTERS, and in channels_last_3d into `whole` bytes (0: never), a tile has
+    all rows of a channel, or of 16 bytes or more of channels. Returns arguments of kernels.
     """
     b, c, depth, height, width = like.shape
     n = depth * height * width
@@ -569,8 +566,7 @@ def _run(plan: Callable, *numbers: float, **tensors: Tensor | None) -> dict[str,
     """Start the launches of plan(*numbers, **tensors) on the GPU of x. Returns all tensors by name.
 
     Planning, and Triton's own preparation of a launch, take longer than small launches run. So both
-    are done once per signature; after that, a launch only takes the tensors' addresses. (Triton
-    compiles for addresses that are multiples of 16 and for others.)
+    are done once per signature, which has what Triton compiles for: is an address a multiple of 16?
     """
     x = tensors["x"]
     traits = [
@@ -625,8 +621,7 @@ def _start(kernel, grid: tuple, given: dict) -> tuple[Callable, list, list]:
 
 
 # ------------------------------------------------------------------------- autograd and custom ops
-# In eager mode, `_Direct` calls the functions of both passes. torch.compile needs custom ops, whose
-# dispatch takes longer than everything else.
+# In eager mode, `_Direct` calls both passes. torch.compile needs custom ops, with a slow dispatch.
 def _forward_pass(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None, leak: float,
     residual: Tensor | None, eps: float,
@@ -695,7 +690,7 @@ def norm_act_triton(x, weight=None, bias=None, slope=None, residual=None, eps=1e
     """`norm_act_ref` as Triton kernels; first derivatives only.
 
     y.known is {"stats": mean and r}. A call without gradients that gets them back, for the same x
-    and eps, takes one launch: this is for what is computed again in the backward pass.
+    and eps, takes one launch: for what is computed again in the backward pass.
     """
     eager = _is_eager(x) and x.dim() == 5  # then the plan checks all shapes, once
     slope, leak = _split(slope) if eager else _check(x, weight, bias, slope, residual)

@@ -19,12 +19,11 @@ bytes per cube to write, and as many to read.
 
 Overlapping cubes. The cubes of a sample are shuffled one after the other, which is again a
 permutation of the volume. One pass does all of them: it follows each voxel p of y back through the
-cubes, from last to first. If p is in a cube, it moves to its source there. x is read at the end:
+cubes, from last to first (the inverse: from first to last, with the inverse steps). If p is in a
+cube, it moves to its source there. x is read at the end:
 
     for n = N-1 .. 0:   if p in cube n:   p <- corner_n + permute_n(p - corner_n)
     y[start] = x[p]
-
-The inverse visits the cubes from first to last, with the inverse steps.
 
 Backward. y = P x with a permutation matrix P, so dx = P^T dy = P^-1 dy: the inverse shuffle of dy.
 Only corners and seeds are saved.
@@ -57,9 +56,8 @@ except ImportError:  # macOS, Windows
 
 ROUNDS = 4
 _MASK = 0xFFFFFFFF  # int64 tensors hold the 32-bit words
-# Bytes per program: 16, the widest access, for each thread of 4 warps of 64 (AMD), and twice that
-# for warps of 32; half as many for 1-byte elements, to save registers. In the interpreter the cost
-# of a program hardly depends on its size.
+# Bytes per program: 16, the widest access, per thread of 4 warps of 64 (AMD), 32 for warps of 32;
+# half as many for 1-byte elements, to save registers. The interpreter takes its time per program.
 _BYTES = 2**18 if os.environ.get("TRITON_INTERPRET") == "1" else 4096
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -83,7 +81,7 @@ def _permute(size: int, key: Tensor, inverse: bool = False) -> tuple[Tensor, Ten
 
 
 def _checked(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
-    """Corners (B, N, 3) as int64, all checked; on a GPU moved into the volume instead: no waiting."""
+    """Corners (B, N, 3) as int64, all checked; on a GPU moved into the volume, without waiting."""
     b, volume = len(x), x.shape[2:]
     if corners.dim() != 3 or corners.shape[0] != b or corners.shape[2] != 3:
         raise ValueError(f"corners: expected ({b}, N, 3), got {tuple(corners.shape)}")
@@ -102,8 +100,7 @@ def _checked(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
 
 def _key(seed: int, cube: int) -> int:
     """The 32-bit key of one cube of one sample, from the sample's seed."""
-    low = _mix(seed & _MASK)
-    high = _mix(((seed >> 32) & _MASK) ^ 0x5BD1E995)
+    low, high = _mix(seed & _MASK), _mix(((seed >> 32) & _MASK) ^ 0x5BD1E995)
     return _mix((low + high + 0x632BE5AB * (cube + 1)) & _MASK)
 
 
@@ -122,8 +119,8 @@ def voxel_shuffle_ref(
 
     Args:
         x: (B, C, D, H, W), any dtype; all channels of a sample get the same permutation.
-        corners: (B, N, 3) integers: the lowest voxel of each cube. On a GPU the Triton path cannot
-            check them without waiting, and moves such cubes into the volume instead.
+        corners: (B, N, 3) integers: the lowest voxel of each cube. Corners on a GPU are not checked
+            by the Triton path, which would have to wait, but moved into the volume.
         size: side of the cubes in voxels.
         seed: the key: an integer (sample b uses seed + b) or (B,) integers, one per sample.
         inverse: undo the shuffle with the same arguments.
@@ -249,8 +246,7 @@ def _launch(x: Tensor, y: Tensor, cubes: Tensor, size: int, inverse: bool) -> tu
     runs, blocks = channels // inner, triton.cdiv(run, block)
     arguments = {"x": x.view(word), "y": y.view(word), "cubes": cubes, "N": cubes.shape[1] // 3}
     arguments |= {"H": height, "W": width, "run": run, "INNER": inner, "DENSE": dense}
-    arguments |= {"runs": runs, "blocks": blocks}
-    arguments |= {"x_strides": x.stride(), "y_strides": y.stride()}
+    arguments |= {"runs": runs, "blocks": blocks, "x_strides": x.stride(), "y_strides": y.stride()}
     arguments |= {"SIZE": size, "INVERSE": inverse, "WIDE": run + block > 2**31, "BLOCK": block}
     return _shuffle_kernel, (blocks * runs * batch,), arguments
 
