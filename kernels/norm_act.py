@@ -566,7 +566,7 @@ def _run(plan: Callable, *numbers: float, **tensors: Tensor | None) -> dict[str,
     """Start the launches of plan(*numbers, **tensors) on the GPU of x. Returns all tensors by name.
 
     Planning, and Triton's own preparation of a launch, take longer than small launches run. So both
-    are done once per signature, which has what Triton compiles for: is an address a multiple of 16?
+    are done once per signature. (Triton compiles for addresses that are multiples of 16 or not.)
     """
     x = tensors["x"]
     traits = [

@@ -108,7 +108,7 @@ def _seeds(x: Tensor, seed: int | list[int] | Tensor) -> Tensor:
     """(B,) int64: one per sample. Longer integers keep their low 64 bits."""
     if isinstance(seed, Tensor):
         return seed
-    low = [(s + 2**63) % 2**64 - 2**63 for s in ([seed] if isinstance(seed, int) else seed)]
+    low = [(int(s) + 2**63) % 2**64 - 2**63 for s in ([seed] if isinstance(seed, int) else seed)]
     return torch.arange(len(x)) + low[0] if isinstance(seed, int) else torch.tensor(low).long()
 
 
