@@ -10,8 +10,8 @@ chooses: Triton for CUDA tensors (and for CPU tensors under TRITON_INTERPRET=1, 
 interpreter, for tests), plain PyTorch for all others. `use("triton")` or `use("plain")`, or the
 environment variable MIRROR_UNET_KERNELS, asks for one of them: an error if it cannot run.
 
-Each file stands alone (it needs torch, and triton for the fast path): copy it into your project,
-where the function of the file's name chooses by the tensor's device alone.
+Each file stands alone: copy it into your project, where the function of the file's name chooses by
+the tensor's device alone.
 """
 
 import os
@@ -20,14 +20,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from .dice_ce import dice_ce_plain, dice_ce_ref, dice_ce_triton
+from .dice_ce import dice_ce_plain, dice_ce_ref, dice_ce_triton, triton  # None: not installed
 from .norm_act import NormAct, norm_act_plain, norm_act_ref, norm_act_triton
 from .voxel_shuffle import voxel_shuffle_plain, voxel_shuffle_ref, voxel_shuffle_triton
-
-try:
-    import triton
-except ImportError:  # macOS, Windows
-    triton = None
 
 CHOICES = ("auto", "triton", "plain")
 _choice = os.environ.get("MIRROR_UNET_KERNELS", "auto")
@@ -78,12 +73,10 @@ def dice_ce(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
 def norm_act(x, *options, **named) -> Tensor:
     """Instance norm, affine, PReLU, + residual; `norm_act_ref` explains the arguments.
 
-    `norm_act_triton` has one more, `stats`: what an earlier call kept in y.known["stats"].
+    One more, `stats`, is for `norm_act_triton`: what an earlier call kept in y.known["stats"].
     """
-    if _on_triton(x):
-        return norm_act_triton(x, *options, **named)
-    named.pop("stats", None)
-    return norm_act_plain(x, *options, **named)
+    path = norm_act_triton if _on_triton(x) else norm_act_plain
+    return path(x, *options, **named)
 
 
 def voxel_shuffle(x, corners, size, seed, inverse=False) -> Tensor:

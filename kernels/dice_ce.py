@@ -27,8 +27,7 @@ voxel with label y,
     v_c = ce_weight w_c / sum_j w_j T_j
 
 The gradient of a voxel needs its logits, its label and 3 C coefficients. No softmax, one-hot
-labels or mask are stored: the backward pass reads logits and labels again, which is cheaper than
-writing and reading p.
+labels or mask are stored: to read logits and labels again is cheaper than to write and read p.
 
 Two classes. Only z = (logit of the wrong class) - (logit of the right class) matters. The
 probability of the wrong class is q = sigmoid(z), -log p_y = log(1 + e^z), and the gradient is
@@ -40,10 +39,9 @@ Bytes per voxel (float32 logits, C = 2, uint8 labels):
     forward    read 8 + 1                   the sums: a few numbers per 2048 voxels
     backward   read 8 + 1, write 8          26 in all, 14 in bfloat16
 
-Two passes are needed, because the gradient of the first voxel depends on the sums over all. Each
-reads its inputs once; nothing else is read or written. This replaces softmax -> one-hot ->
-products -> sums next to log-softmax -> gather, which moves about 228 bytes. The trade-off: the
-exponentials are computed twice, in kernels that wait for memory anyway.
+Each pass reads its inputs once; there are two, because the gradient of the first voxel depends on
+the sums over all. They replace softmax -> one-hot -> products -> sums next to log-softmax ->
+gather, about 228 bytes. The trade-off: exponentials are computed twice, while memory is awaited.
 
 Layout. A tile is BLOCK voxels x C classes. Either axis can be the contiguous one:
 
@@ -51,11 +49,11 @@ Layout. A tile is BLOCK voxels x C classes. Either axis can be the contiguous on
     channels_last_3d    l0 l1 l0 l1 l0 l1 l0 l1 ...           one row of BLOCK C logits, then split
 
 Both are read 128 bits at a time (the second for 2, 4, 8, ... classes). Slices and expanded tensors
-have other strides: they are read in place, without a copy, but also without wide loads.
+are read in place by their strides: no copy, but no wide loads.
 
 Stage one sums over tiles: each program of a sample writes its 4 C partial sums. Stage two, a
 single program, adds these in a fixed order in float64 and computes loss, Dice and coefficients.
-There are no atomics, so equal inputs give equal bits. With the backward pass: three launches.
+Stage three is the backward pass. There are no atomics: equal inputs give equal bits.
 
 Several labels per voxel (sigmoid=True, for regions that overlap): p = sigmoid(logits), each t_cv is
 0 or 1, and N_c sums the binary cross entropy. It is divided by the number of voxels V_c, a fifth
@@ -64,7 +62,7 @@ sum, instead of T_c. No class is the background, and each has its own derivative
     d loss / d l_cv = p_cv (1 - p_cv) (a_c + b_c t_cv) + v_c (p_cv - t_cv)
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 from math import isfinite, log
 
 import torch
@@ -135,11 +133,9 @@ def dice_ce_ref(
         weight = weight * class_weight.to(p).view(-1, *[1] * len(spatial))
     nll = torch.where(weight == 0, 0, nll * weight).sum()
     weight = weight.sum()
-
     if sync:
         # The derivative of an all-reduce is an all-reduce: it sums the processes' (equal) losses.
         from torch.distributed.nn.functional import all_reduce
-
         nll, weight = all_reduce(nll), all_reduce(weight)
         if batch:
             intersection, total = all_reduce(intersection), all_reduce(total)
@@ -160,17 +156,16 @@ def _checked(logits, target, class_weight, sync, sigmoid) -> Tensor:
         target = target.squeeze(1)
     wanted = shape if sigmoid else shape[:1] + shape[2:]
     if len(shape) < 3 or shape[1] < (1 if sigmoid else 2) or tuple(target.shape) != wanted:
-        expected = "need C >= 2 and labels of shape (B, 1, ...) or (B, ...)"
-        if sigmoid:
-            expected = "with sigmoid=True need labels of the same shape (B, C, ...)"
-        raise ValueError(f"logits {shape} {expected}, got {given}")
+        softmax = "need C >= 2 and labels of shape (B, 1, ...) or (B, ...)"
+        expected = "with sigmoid=True need labels of the same shape (B, C, ...)"
+        raise ValueError(f"logits {shape} {expected if sigmoid else softmax}, got {given}")
     if not logits.is_floating_point():
         raise ValueError(f"logits: expected a floating dtype, got {logits.dtype}")
     if target.is_floating_point() and not sigmoid:
         raise ValueError(f"target: expected integer labels, got {target.dtype}; pass target.long()")
     if class_weight is not None and class_weight.shape != shape[1:2]:
-        found = tuple(class_weight.shape)
-        raise ValueError(f"class_weight: expected one weight per class, {shape[1:2]}, got {found}")
+        weights = f"expected one weight per class, {shape[1:2]}, got {tuple(class_weight.shape)}"
+        raise ValueError(f"class_weight: {weights}")
     if sync and not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sync=True: call torch.distributed.init_process_group first")
     return target.view(torch.uint8) if target.dtype == torch.bool else target
@@ -187,24 +182,21 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 # ------------------------------------------------------ the derived backward pass in plain PyTorch
-
 SLAB = 1 << 18  # logits per slab on a CPU: they fit the cache of a thread
 
 
 def dice_ce_plain(logits, target, *options, **named) -> tuple[Tensor, Tensor]:
-    """`dice_ce_ref` with the backward pass derived above, in PyTorch; first derivatives only.
-
-    Made for CPUs. It also runs on a GPU, but waits for it, because it checks labels on the host.
-    """
+    """`dice_ce_ref` with the backward pass derived above, in PyTorch; first derivatives only. Made
+    for CPUs: on a GPU it waits, because it checks labels on the host."""
     return _call(False, logits, target, *options, **named)
 
 
 def _slabs(logits, target, ignore_index):
     """Walk through a batch in slabs along the first spatial axis, which fit the cache of a CPU.
 
-    Yields the slab's place in the target, its place in the logits, logits x (C, d, H, W), labels y
-    (d, H, W) or, with sigmoid, (C, d, H, W), 0 if ignored, and valid like y, 0 if ignored, else 1,
-    or None if no voxel can be ignored. x, y and valid have the dtype of the arithmetic.
+    Yields the slab's places in target and logits, logits x (C, d, H, W), labels y (d, H, W) or,
+    with sigmoid, (C, d, H, W), and valid like y, 0 if ignored (y is 0, too), else 1, or None if no
+    voxel can be ignored. x, y and valid have the dtype of the arithmetic.
     """
     samples, c, depth = logits.shape[:3]
     step = max(1, depth)
@@ -215,16 +207,15 @@ def _slabs(logits, target, ignore_index):
     limits = torch.finfo if target.is_floating_point() else torch.iinfo
     limits = limits(target.dtype)  # an ignore_index of -1 must not match the uint8 label 255
     ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max
-    for sample in range(samples):
-        for start in range(0, depth, step):
-            slab = slice(start, start + step)
-            place = (sample, slice(None), slab)
-            where = place if target.dim() == logits.dim() else (sample, slab)
-            x, y, valid = logits[place].to(dtype), target[where].to(dtype, copy=True), None
-            if ignores:
-                valid = (target[where] != ignore_index).to(dtype)
-                y *= valid
-            yield where, place, x, y, valid
+    for sample, start in product(range(samples), range(0, depth, step)):
+        slab = slice(start, start + step)
+        place = (sample, slice(None), slab)
+        where = place if target.dim() == logits.dim() else (sample, slab)
+        x, y, valid = logits[place].to(dtype), target[where].to(dtype, copy=True), None
+        if ignores:
+            valid = (target[where] != ignore_index).to(dtype)
+            y *= valid
+        yield where, place, x, y, valid
 
 
 def _sums_plain(logits, target, ignore_index, weighted) -> Tensor:
@@ -239,18 +230,18 @@ def _sums_plain(logits, target, ignore_index, weighted) -> Tensor:
             wrong = target[where][(y < 0) | (y >= top) | (y != y.trunc())][0]
             raise ValueError(_label_error(wrong, c, ignore_index, sigmoid))
         part = _two_class_sums(x, y, valid, weighted) if c == 2 and not sigmoid else None
-        counts = torch.ones_like(y) if valid is None else valid
-        if sigmoid:
-            p = x.sigmoid() * counts
-            nll = F.logsigmoid(x * (2 * y - 1)) * -counts
-            part = torch.stack([_sum(rows.flatten(1)) for rows in (p * y, p, y, nll, counts)])
         if part is None:
-            label = y.long()[None]  # (1, d, H, W)
-            t = torch.zeros_like(x).scatter_(0, label, counts[None])
-            log_p = F.log_softmax(x, 0)
-            nll = -log_p.gather(0, label)
-            p = log_p.exp() * counts
-            part = torch.stack([_sum(rows.flatten(1)) for rows in (p * t, p, t, nll * t)])
+            counts = torch.ones_like(y) if valid is None else valid
+            if sigmoid:
+                p = x.sigmoid() * counts
+                quantities = p * y, p, y, F.logsigmoid(x * (2 * y - 1)) * -counts, counts
+            else:
+                label = y.long()[None]  # (1, d, H, W)
+                t = torch.zeros_like(x).scatter_(0, label, counts[None])
+                log_p = F.log_softmax(x, 0)
+                p = log_p.exp() * counts
+                quantities = p * t, p, t, -log_p.gather(0, label) * t
+            part = torch.stack([_sum(rows.flatten(1)) for rows in quantities])
         sums[:, :, sample] += part
     return sums
 
@@ -305,8 +296,6 @@ def _grad_plain(logits, target, coefficients, ignore_index) -> Tensor:
 
 # ------------------------------------------------------------- fast path for two classes on a CPU
 # Readers can skip this section: the general code above computes the same, in five times the time.
-
-
 def _two_class_sums(x, t, valid, weighted) -> Tensor | None:
     """The (4, 2) sums of one slab by the two-class formulas, or None if e^z overflows."""
     z = x[1] - x[0]
@@ -326,15 +315,14 @@ def _two_class_sums(x, t, valid, weighted) -> Tensor | None:
     wrong0 = wrong - wrong1
     t1 = _sum(t.flatten()).item()
     t0 = float(t.numel() if valid is None else valid.sum()) - t1
-    inter = [t0 - wrong0, t1 - wrong1]
-    pred = [inter[0] + wrong1, inter[1] + wrong0]
-    sums = [inter, pred, [t0, t1], [n - n1, n1]]
+    i0, i1 = t0 - wrong0, t1 - wrong1
+    sums = [[i0, i1], [i0 + wrong1, i1 + wrong0], [t0, t1], [n - n1, n1]]
     return torch.tensor(sums, dtype=torch.float64, device=x.device)
 
 
 def _sum_log(factors: Tensor) -> float:
-    """The sum of logarithms, computed from products of four: a logarithm costs as much as ten
-    products. Overwrites the factors."""
+    """The sum of logarithms, each of a product of four, as one costs as much as ten products.
+    Overwrites the factors."""
     flat = factors.flatten()
     whole = flat.numel() // 4 * 4
     for half in (whole // 2, whole // 4):
@@ -358,7 +346,6 @@ def _two_class_grad(x, t, valid, a, b, v, out) -> None:
 
 
 # ---------------------------------------------------------------------------------- Triton kernels
-
 TILE = 4096  # numbers of each kind per tile, 16 per thread: z of two classes, p of more
 PROGRAMS = 2048  # of stage one, at most (or one per sample); each loops over its tiles
 WARPS = 8  # with four, ptxas spills 8 bytes in one kernel for sm_80
@@ -407,11 +394,11 @@ if triton is not None:
         return y, mask
 
     @triton.jit
-    def _load_two(
-        logits, offsets, first, count, stride_c,
+    def _two_classes(
+        logits, offsets, first, count, stride_c, y,
         INTERLEAVED: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """Both logits of each voxel: 2 x (BLOCK,)."""
+        """z, q = sigmoid(z) and 1 - q, both to full relative precision, and e^-|z|: (BLOCK,)."""
         if INTERLEAVED:
             i = tl.arange(0, 2 * BLOCK)
             x = tl.load(logits + 2 * first + i, mask=i < 2 * count, other=0.0)
@@ -420,7 +407,12 @@ if triton is not None:
             mask = tl.arange(0, BLOCK) < count
             l0 = tl.load(logits + offsets, mask=mask, other=0.0)
             l1 = tl.load(logits + stride_c + offsets, mask=mask, other=0.0)
-        return l0.to(ACC), l1.to(ACC)
+        l0, l1 = l0.to(ACC), l1.to(ACC)
+        z = tl.where(y == 1, l0 - l1, l1 - l0)
+        e = tl.exp(-tl.abs(z))
+        larger = 1.0 / (1.0 + e)
+        smaller = e * larger
+        return z, tl.where(z > 0, larger, smaller), tl.where(z > 0, smaller, larger), e
 
     @triton.jit
     def _load(
@@ -437,15 +429,6 @@ if triton is not None:
             mask = (c < C) & (tl.arange(0, BLOCK) < count)[None, :]
             x = tl.load(logits + c.to(tl.int64) * stride_c + offsets[None, :], mask=mask, other=0.0)
         return tl.where(c < C, x.to(ACC), float("-inf"))
-
-    @triton.jit
-    def _two_class(l0, l1, y):
-        """z, q = sigmoid(z) and 1 - q, both to full relative precision, and e^-|z|."""
-        z = tl.where(y == 1, l0 - l1, l1 - l0)
-        e = tl.exp(-tl.abs(z))
-        larger = 1.0 / (1.0 + e)
-        smaller = e * larger
-        return z, tl.where(z > 0, larger, smaller), tl.where(z > 0, smaller, larger), e
 
     @triton.jit
     def _sums_kernel(
@@ -481,22 +464,10 @@ if triton is not None:
             # The masks become numbers that the sums multiply by: a GPU has few registers for bits,
             # and a number takes one register per voxel. A label outside [0, C) must not go
             # unnoticed, so such a voxel counts as NaN.
-            if SIGMOID:
-                x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
-                one = tl.where((y == 0) | (y == 1), 1.0, float("nan"))
-                one = tl.where(valid, one, 0.0)
-                e = tl.exp(-tl.abs(x))
-                p = one * tl.where(x > 0, 1.0, e) / (1.0 + e)
-                loss = tl.maximum(tl.where(y == 1, -x, x), 0.0) + tl.log(1.0 + e)
-                t = tl.where(y == 1, one, 0.0)
-                inter += tl.sum(p * t, 1)
-                pred += tl.sum(p, 1)
-                true += tl.sum(t, 1)
-                nll += tl.sum(one * loss, 1)
-                voxels += tl.sum(one, 1)
-            elif C == 2:
-                l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
-                z, wrong, right, e = _two_class(l0, l1, y)
+            if C == 2 and not SIGMOID:
+                z, wrong, right, e = _two_classes(
+                    logits, offsets, first, count, stride_c, y, INTERLEAVED, ACC, BLOCK
+                )
                 loss = tl.maximum(z, 0.0) + tl.log(1.0 + e)  # log(1 + e^z)
                 t1 = tl.where(valid & (y == 1), 1.0, 0.0)
                 t0 = tl.where(valid & (y != 1), tl.where(y == 0, 1.0, float("nan")), 0.0)
@@ -510,17 +481,28 @@ if triton is not None:
                 nll += tl.where(c == 0, tl.sum(t0 * loss, 0), tl.sum(t1 * loss, 0))
             else:
                 x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
-                x -= tl.max(x, 0)[None, :]
-                p = tl.exp(x)
-                total = tl.sum(p, 0)[None, :]
-                one = tl.where((y >= 0) & (y < C), 1.0, float("nan"))
-                one = tl.where(valid, one, 0.0)[None, :]
-                p *= one / total
-                t = tl.where(y[None, :] == c[:, None], one, 0.0)
+                if SIGMOID:
+                    one = tl.where((y == 0) | (y == 1), 1.0, float("nan"))
+                    one = tl.where(valid, one, 0.0)
+                    e = tl.exp(-tl.abs(x))
+                    p = one * tl.where(x > 0, 1.0, e) / (1.0 + e)
+                    t = tl.where(y == 1, one, 0.0)
+                    loss = tl.maximum(tl.where(y == 1, -x, x), 0.0) + tl.log(1.0 + e)
+                    loss *= one
+                    voxels += tl.sum(one, 1)
+                else:
+                    x -= tl.max(x, 0)[None, :]
+                    p = tl.exp(x)
+                    total = tl.sum(p, 0)[None, :]
+                    one = tl.where((y >= 0) & (y < C), 1.0, float("nan"))
+                    one = tl.where(valid, one, 0.0)[None, :]
+                    p *= one / total
+                    t = tl.where(y[None, :] == c[:, None], one, 0.0)
+                    loss = tl.where(t == 1.0, tl.log(total) - x, 0.0)
                 inter += tl.sum(p * t, 1)
                 pred += tl.sum(p, 1)
                 true += tl.sum(t, 1)
-                nll += tl.sum(tl.where(t == 1.0, tl.log(total) - x, 0.0), 1)
+                nll += tl.sum(loss, 1)
         out = partials + (c * samples + sample) * programs + program
         step = C * samples * programs
         tl.store(out, inter, mask=c < C)
@@ -552,9 +534,8 @@ if triton is not None:
         dice,  # (G, C)
         coefficients,  # (2 G + 1, C): a and b of each group, v
         groups, length, smooth_nr: tl.float64, smooth_dr: tl.float64,
-        dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64,
+        dice_weight: tl.float64, ce_weight: tl.float64, scale: tl.float64, STEP: tl.constexpr,
         BACKGROUND: tl.constexpr, SIGMOID: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-        STEP: tl.constexpr,
     ):
         """Stage two, one program: loss, Dice, and scale times the coefficients, from the sums."""
         c = tl.arange(0, CP)
@@ -623,16 +604,15 @@ if triton is not None:
         b = a + C
         v = coefficients + last
         if C == 2 and not SIGMOID:
-            l0, l1 = _load_two(logits, offsets, first, count, stride_c, INTERLEAVED, ACC, BLOCK)
-            z, wrong, right, e = _two_class(l0, l1, y)
-            a0 = tl.load(a)
-            a1 = tl.load(a + 1)
-            m = scale * tl.where(y == 1, a0 - a1 - tl.load(b + 1), a1 - a0 - tl.load(b))
+            z, wrong, right, e = _two_classes(
+                logits, offsets, first, count, stride_c, y, INTERLEAVED, ACC, BLOCK
+            )
+            d = tl.load(a) - tl.load(a + 1)
+            m = scale * tl.where(y == 1, d - tl.load(b + 1), -d - tl.load(b))
             v_y = tl.where(y == 1, tl.load(v + 1), tl.load(v))
             g = tl.where(valid, wrong * (scale * v_y + right * m), 0.0)
             g = tl.where(y == 1, -g, g)  # d loss / d l1
-            g0 = (-g).to(grad.dtype.element_ty)
-            g1 = g.to(grad.dtype.element_ty)
+            g0, g1 = (-g).to(grad.dtype.element_ty), g.to(grad.dtype.element_ty)
             if INTERLEAVED:
                 row = tl.reshape(tl.join(g0, g1), (C * BLOCK,))
             else:
@@ -677,8 +657,7 @@ def _flat_stride(size, stride) -> int | None:
 
 def _geometry(logits: Tensor, **others: Tensor) -> dict:
     """Sizes, strides and the tile's shape as kernel arguments."""
-    c = logits.shape[1]
-    size = logits.shape[2:]
+    c, size = logits.shape[1], logits.shape[2:]
     n = size.numel()
     padded = triton.next_power_of_2(c)
     tensors = {"logits": logits, **others}
@@ -688,9 +667,8 @@ def _geometry(logits: Tensor, **others: Tensor) -> dict:
     args = {}
     for name, x in tensors.items():
         spatial = (0, 0, steps[name]) if flat else (0, 0, *x.stride()[-len(size) :])[-3:]
-        args[f"{name}_strides"] = (x.stride(0), *spatial)
-        if x.dim() == logits.dim():
-            args[f"{name}_strides"] += (x.stride(1),)
+        channel = x.stride()[1 : 1 + x.dim() - 1 - len(size)]  # labels have none, unless sigmoid
+        args[f"{name}_strides"] = (x.stride(0), *spatial, *channel)
         if name != "target":
             interleaved = interleaved and x.stride(1) == 1 and steps[name] == c
     # On a CPU it is the interpreter that runs, which takes milliseconds per program.
@@ -766,10 +744,8 @@ def _call(
     if class_weight is not None:
         class_weight = class_weight.detach().to(logits.device).contiguous()
     settings = (include_background or sigmoid, batch, smooth_nr, smooth_dr, dice_weight, ce_weight)
-    arguments = (logits, target, class_weight, *settings, ignore_index, sync, fused)
-    loss, dice, _ = _dice_ce(*arguments)
-    dice = dice.detach()
-    return loss, dice[0] if batch else dice
+    loss, dice, _ = _dice_ce(logits, target, class_weight, *settings, ignore_index, sync, fused)
+    return loss, (dice[0] if batch else dice).detach()
 
 
 @torch.library.custom_op("mirror_unet::dice_ce", mutates_args=())
@@ -782,8 +758,7 @@ def _dice_ce(
     if fused:
         partials = _run(*_sums_launch(logits, target, ignore_index))["partials"]
     else:
-        weighted = class_weight is not None
-        partials = _sums_plain(logits, target, ignore_index, weighted)[..., None]
+        partials = _sums_plain(logits, target, ignore_index, class_weight is not None)[..., None]
     processes = dist.get_world_size() if sync else 1
     if sync:
         partials = partials.sum(3, keepdim=True, dtype=torch.float64)

@@ -22,13 +22,12 @@ xhat and z are recomputed from x, so the forward pass saves only x and two numbe
 Bytes per element, in float32. A large instance does not fit into a multiprocessor's memory, and its
 mean is known only after all of it has been read. So nothing can move less than: forward, x twice
 and y once, 12 (+ 4 for the residual); backward, x and g twice and dx once, 20. The Triton kernels
-move 12.01 and 20.02 in NCDHW, 12.07 and 20.07 in channels_last_3d. Each pass takes three launches:
-partial sums per tile, a merge of the partial sums, and the pass that writes the result. Instances
-of at most 16384 voxels (in channels_last_3d, 8 channels of at most 2048) stay in registers: 8 and
-12 bytes, one launch forward, and two backward, of which the second sums the parameters' gradients
-over the batch. All this replaces about a dozen launches of PyTorch, which also saves three tensors
-instead of one. The price: the backward pass computes z twice. There are no atomics, so results are
-bitwise reproducible.
+move 12.01 and 20.01 in NCDHW, 12.07 and 20.09 in channels_last_3d. Each pass takes three launches:
+sums per tile, their merge, and the pass that writes the result. Instances of at most 16384 voxels
+(in channels_last_3d, 8 channels of at most 2048) stay in registers: 8 and 12 bytes, one launch
+forward, and two backward, of which the second sums the parameters' gradients over the batch. All
+this replaces about a dozen launches of PyTorch, which saves three tensors instead of one. The
+price: the backward pass computes z twice. No atomics: results are bitwise reproducible.
 
     statistics of a tile, in registers: mean and M2 = sum (x - mean)^2, relative to its first voxel
     merging two parts a and b (Chan):   d = mean_b - mean_a        mean = mean_a + d n_b / n
@@ -42,8 +41,7 @@ Layout. A sample is read as a matrix of rows (voxels) and columns (channels). Ti
     any other view      rows are found by the strides of D, H and W: no copy, but no wide accesses
 
 The result has x's layout. Plain PyTorch below does the same with views. (`F.instance_norm` copies
-to NCDHW. PyTorch's channels-last group norm uses the unstable variance, and returns NaN gradients
-in bfloat16 on CPU.)
+to NCDHW. PyTorch's channels-last group norm uses the unstable variance; on CPU in bfloat16: NaN.)
 """
 
 from collections.abc import Callable
@@ -54,6 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 try:
     import triton
@@ -96,13 +95,13 @@ def norm_act_ref(
 
 def _split(slope: Tensor | float | None) -> tuple[Tensor | None, float]:
     """Slope as (tensor, 1) or (None, number); no activation is 1."""
-    if isinstance(slope, Tensor):
+    if slope is None or isinstance(slope, Tensor):
         return slope, 1.0
-    return None, 1.0 if slope is None else float(slope)
+    return None, float(slope)
 
 
 def _check(x, weight, bias, slope, residual) -> tuple[Tensor | None, float]:
-    """Check all shapes. Returns slope as (tensor, 1) or (None, number); no activation is 1."""
+    """Check all shapes. Returns `_split(slope)`."""
     if x.dim() != 5 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (B, C, D, H, W), got {x.dtype} {tuple(x.shape)}")
     slope, leak = _split(slope)
@@ -112,14 +111,14 @@ def _check(x, weight, bias, slope, residual) -> tuple[Tensor | None, float]:
             wanted = f"{' or '.join(map(str, sizes))} values for {c} channels"
             raise ValueError(f"{name}: expected {wanted}, got shape {tuple(t.shape)}")
     if residual is not None and residual.shape != x.shape:
-        shapes = f"{tuple(x.shape)}, got {tuple(residual.shape)}"
-        raise ValueError(f"residual: expected the shape of x, {shapes}")
+        found = tuple(residual.shape)
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {found}")
     return slope, leak
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch
-def norm_act_plain(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5) -> Tensor:
-    """`norm_act_ref` with the backward pass above, on any device; first derivatives only."""
+def norm_act_plain(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5, stats=None):
+    """`norm_act_ref` with the backward pass above; first derivatives only. `stats` is not used."""
     slope, leak = _check(x, weight, bias, slope, residual)
     return _NormAct.apply(x, weight, bias, slope, leak, residual, eps)
 
@@ -136,8 +135,7 @@ class _NormAct(torch.autograd.Function):
         centered = rows - _spread(mean, rows, k)
         r = (_total(centered * centered, k) / n + eps).rsqrt()  # (B, C)
         ctx.save_for_backward(x, weight, bias, slope, mean, r)
-        ctx.leak = leak
-        ctx.has_residual = residual is not None
+        ctx.leak, ctx.has_residual = leak, residual is not None
         scale = _spread(r if weight is None else r * weight.to(r), rows, k)
         if bias is None:
             y = centered.mul_(scale)
@@ -161,14 +159,14 @@ class _NormAct(torch.autograd.Function):
         n = x[0, 0].numel()
         g = _rows(grad_output, x, k)
         xhat = (_rows(x, x, k) - _spread(mean, g, k)).mul_(_spread(r, g, k))
-        dz = g
-        dslope = None
+        dz, dslope = g, None
         if slope is not None:
             z = _affine(xhat, weight, bias, k)
             slopes = _spread(slope.expand(x.shape[1])[None], g, k)
             dz = torch.ops.aten.threshold_backward(g, z, 0.0)  # g where z > 0, else 0
             dz = dz.lerp_(g, slopes)  # g where z > 0, else slope g
             dslope = _total(z.clamp_(max=0).mul_(g), k).sum(0)
+            dslope = dslope.sum(0, keepdim=True) if len(slope) == 1 else dslope
         elif ctx.leak != 1:
             z = _affine(xhat, weight, bias, k)
             dz = torch.ops.aten.leaky_relu_backward(g, z, ctx.leak, False)
@@ -177,8 +175,6 @@ class _NormAct(torch.autograd.Function):
         dx = dz - _spread(dbias / n, g, k)
         dx.addcmul_(xhat, _spread(dweight / n, g, k), value=-1)
         dx.mul_(_spread(r if weight is None else r * weight.to(r), g, k))
-        if slope is not None and len(slope) == 1:
-            dslope = dslope.sum(0, keepdim=True)
         grads = _parameter_grads(weight, bias, slope, dweight.sum(0), dbias.sum(0), dslope)
         return _volume(dx, x, k), *grads, None, grad_output if ctx.has_residual else None, None
 
@@ -442,8 +438,6 @@ if triton is not None:
 
 
 # --------------------------------------------------------------------------------------- launches
-
-
 REGISTERS = 2**16  # bytes of x in float32 that a program keeps, to read an instance only once
 
 
@@ -455,15 +449,13 @@ def _row_stride(t: Tensor) -> int | None:
     return axes[-1][1] if axes else 0
 
 
-def _walk(like: Tensor, whole: int, **tensors: Tensor | None) -> dict:
+def _walk(like: Tensor, whole: int, weight, bias, slope, **tensors: Tensor | None) -> dict:
     """How launches read their tensors (B, C, D, H, W): n_rows x n_cols per sample, in tiles.
 
     A row is a voxel and a column is a channel; if all tensors are dense channels_last_3d, K voxels
     make a row. The layout of `like` decides a tile's width: 64 bytes of channels, or one channel.
-    If they fit into REGISTERS, and in channels_last_3d into `whole` bytes, a tile has all rows of a
-    channel, or of 16 bytes or more of channels. (0: never.)
-
-    Returns arguments of kernels: the tensors, their strides, sizes, and the tile.
+    If they fit into REGISTERS, and in channels_last_3d into `whole` bytes (0: never), a tile has
+    all rows of a channel, or of 16 bytes or more of channels. Returns arguments of kernels.
     """
     b, c, depth, height, width = like.shape
     n = depth * height * width
@@ -484,7 +476,7 @@ def _walk(like: Tensor, whole: int, **tensors: Tensor | None) -> dict:
         cols = min(power(c * k), 64 // item) if last else 1
         rows = min(power(n // k), 8192 // cols)
         cols = min(power(c * k), 8192 // rows)
-    walk = dict(tensors)
+    walk = dict(tensors, weight=weight, bias=bias, slope=slope)
     for name, t in tensors.items():
         strides = None if t is None else t.stride()
         if flat and t is not None:  # one stride visits all rows
@@ -493,8 +485,8 @@ def _walk(like: Tensor, whole: int, **tensors: Tensor | None) -> dict:
     height, width = (1, 1) if flat else (height, width)  # not needed if flat
     walk |= dict(B=b, C=c, H=height, W=width, n=n, n_rows=n // k, n_cols=c * k, whole=fits)
     warps = min(max(rows * cols // (1024 // item if fits else 512), 1), 16)
-    walk |= dict(FLAT=flat, ROWS=rows, COLS=cols, num_warps=warps)
-    return walk | {"spans": triton.cdiv(n // k, rows)}
+    walk |= dict(FLAT=flat, ROWS=rows, COLS=cols, num_warps=warps, spans=triton.cdiv(n // k, rows))
+    return walk | dict(SLOPES=0 if slope is None else len(slope), partials=None)
 
 
 def _block(parts: int, channels: int) -> dict:
@@ -522,9 +514,9 @@ def _forward_launches(leak, eps, x, weight, bias, slope, residual, stats=None) -
     """The launches that fill new tensors y and stats; only y if the statistics are given."""
     _check(x, weight, bias, slope, residual)
     y, new_stats = _forward_outputs(x)
-    walk = _walk(y, 2**16 if stats is None else 0, x=x, y=y, residual=residual)
-    walk |= dict(weight=weight, bias=bias, slope=slope, SLOPES=0 if slope is None else len(slope))
-    walk |= dict(stats=new_stats if stats is None else stats, partials=None, EPS=eps, LEAK=leak)
+    whole = 2**16 if stats is None else 0
+    walk = _walk(y, whole, weight, bias, slope, x=x, y=y, residual=residual)
+    walk |= dict(stats=new_stats if stats is None else stats, EPS=eps, LEAK=leak)
     b, c, spans, n_cols = (walk[name] for name in ("B", "C", "spans", "n_cols"))
     if stats is not None or walk["whole"]:
         return [_launch(_forward, b * spans, n_cols, walk, REDUCE=stats is None)]
@@ -545,9 +537,8 @@ def _backward_outputs(_, x, weight, bias, slope, leak, stats) -> tuple[Tensor, T
 def _backward_launches(leak, grad_y, x, weight, bias, slope, stats) -> list:
     """The launches that fill new tensors grad_x and sums."""
     grad_x, sums = _backward_outputs(grad_y, x, weight, bias, slope, leak, stats)
-    walk = _walk(grad_x, 2**15, grad_y=grad_y, x=x, grad_x=grad_x)
-    walk |= dict(weight=weight, bias=bias, slope=slope, SLOPES=0 if slope is None else len(slope))
-    walk |= dict(stats=stats, sums=sums, partials=None, means=None, LEAK=leak)
+    walk = _walk(grad_x, 2**15, weight, bias, slope, grad_y=grad_y, x=x, grad_x=grad_x)
+    walk |= dict(stats=stats, sums=sums, means=None, LEAK=leak)
     b, c, spans, n_cols = (walk[name] for name in ("B", "C", "spans", "n_cols"))
     rows = 2 if slope is None else 3  # of sums
     if walk["whole"]:
@@ -575,8 +566,7 @@ def _run(plan: Callable, *numbers: float, **tensors: Tensor | None) -> dict[str,
     """Start the launches of plan(*numbers, **tensors) on the GPU of x. Returns all tensors by name.
 
     Planning, and Triton's own preparation of a launch, take longer than small launches run. So both
-    are done once per signature; after that, a launch only takes the tensors' addresses. (Triton
-    compiles for addresses that are multiples of 16 and for others.)
+    are done once per signature. (Triton compiles for addresses that are multiples of 16 or not.)
     """
     x = tensors["x"]
     traits = [
@@ -605,18 +595,16 @@ def _run(plan: Callable, *numbers: float, **tensors: Tensor | None) -> dict[str,
 
 
 def _start(kernel, grid: tuple, given: dict) -> tuple[Callable, list, list]:
-    """Start a launch. Returns what starts it again: a function, its arguments, and which of these
-    are tensors, for which the arguments have None.
+    """Start a launch. Returns what starts it again: a function, its arguments, with None for those
+    that are tensors, and these tensors' places and names.
 
     Triton returns the compiled kernel, which can be run without Triton's binding of arguments, in
     1.5 us instead of 10. Only this function touches Triton's internals. If they are not as
     expected, or in the interpreter, every launch is an ordinary one.
     """
-    arguments = [given[name] for name in kernel.arg_names]
-    named = enumerate(kernel.arg_names)
-    places = [(i, name) for i, name in named if isinstance(given[name], Tensor)]
-    for i, _ in places:
-        arguments[i] = None
+    names = list(enumerate(kernel.arg_names))
+    places = [(i, name) for i, name in names if isinstance(given[name], Tensor)]
+    arguments = [None if (i, name) in places else given[name] for i, name in names]
     compiled = kernel[grid](**given)
     try:
         start = compiled.run
@@ -633,15 +621,14 @@ def _start(kernel, grid: tuple, given: dict) -> tuple[Callable, list, list]:
 
 
 # ------------------------------------------------------------------------- autograd and custom ops
-# In eager mode, `_Direct` calls the functions of both passes. torch.compile needs custom ops, whose
-# dispatch takes longer than everything else.
+# In eager mode, `_Direct` calls both passes. torch.compile needs custom ops, with a slow dispatch.
 def _forward_pass(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None, leak: float,
     residual: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:
     """y and the statistics."""
-    tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "residual": residual}
-    tensors = _run(_forward_launches, leak, eps, **tensors)
+    given = dict(x=x, weight=weight, bias=bias, slope=slope, residual=residual)
+    tensors = _run(_forward_launches, leak, eps, **given)
     return tensors["y"], tensors["stats"]
 
 
@@ -650,8 +637,8 @@ def _backward_pass(
     slope: Tensor | None, leak: float, stats: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of bias, weight and slope, joined: (2 C + slopes,)."""
-    tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "stats": stats}
-    tensors = _run(_backward_launches, leak, grad_y=grad_y, **tensors)
+    given = dict(grad_y=grad_y, x=x, weight=weight, bias=bias, slope=slope, stats=stats)
+    tensors = _run(_backward_launches, leak, **given)
     return tensors["grad_x"], tensors["sums"]
 
 
@@ -692,22 +679,18 @@ class _Direct(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-_op = torch.library.custom_op("mirror_unet::norm_act", _forward_pass, mutates_args=())
+_op = custom_op("mirror_unet::norm_act", _forward_pass, mutates_args=())
 _op.register_fake(_forward_outputs)
 _op.register_autograd(_gradients, setup_context=_save)
-_backward_op = torch.library.custom_op(
-    "mirror_unet::norm_act_backward", _backward_pass, mutates_args=()
-)
+_backward_op = custom_op("mirror_unet::norm_act_backward", _backward_pass, mutates_args=())
 _backward_op.register_fake(_backward_outputs)
 
 
-def norm_act_triton(
-    x, weight=None, bias=None, slope=None, residual=None, eps=1e-5, stats=None
-) -> Tensor:
+def norm_act_triton(x, weight=None, bias=None, slope=None, residual=None, eps=1e-5, stats=None):
     """`norm_act_ref` as Triton kernels; first derivatives only.
 
     y.known is {"stats": mean and r}. A call without gradients that gets them back, for the same x
-    and eps, takes one launch: this is for what is computed again in the backward pass.
+    and eps, takes one launch: for what is computed again in the backward pass.
     """
     eager = _is_eager(x) and x.dim() == 5  # then the plan checks all shapes, once
     slope, leak = _split(slope) if eager else _check(x, weight, bias, slope, residual)
@@ -721,8 +704,8 @@ def norm_act_triton(
         return y
     if stats is None:
         return _forward_pass(*inputs)[0]
-    tensors = {"x": x, "weight": weight, "bias": bias, "slope": slope, "residual": residual}
-    return _run(_forward_launches, leak, eps, stats=stats, **tensors)["y"]
+    given = dict(x=x, weight=weight, bias=bias, slope=slope, residual=residual, stats=stats)
+    return _run(_forward_launches, leak, eps, **given)["y"]
 
 
 def norm_act(x, *options, **named) -> Tensor:

@@ -10,21 +10,20 @@ Feistel network over three words. Let h be a hash to 32-bit words, a different o
     y[corner + (i0, j0, k0)] = x[corner + (i, j, k)]     (i0, j0, k0): coordinates before the steps
 
 Why it is a permutation. A step changes one coordinate by an amount that depends on the other two,
-and leaves those unchanged. So after the step j and k are known, hence h(j, k), and subtracting it
-gives i back: the step has an inverse, for every h and every s (not only powers of two). So has a
-chain of steps, undone from last to first. A map of a finite set with an inverse is a permutation:
-every voxel is read exactly once. h only needs to look random. 32-bit integers wrap alike on every
-device, so CPU and GPU give the same bits. Nothing is stored: a table of random indices would cost
-8 s^3 bytes per cube to write, and as many to read.
+which it leaves unchanged. So after the step h(j, k) is still known, and subtracting it gives i
+back: the step has an inverse, for every h and every s (not only powers of two). So has a chain of
+steps, undone from last to first. A map of a finite set with an inverse is a permutation: every
+voxel is read exactly once. h only needs to look random. 32-bit integers wrap alike on every device,
+so CPU and GPU give the same bits. Nothing is stored: a table of random indices would cost 8 s^3
+bytes per cube to write, and as many to read.
 
 Overlapping cubes. The cubes of a sample are shuffled one after the other, which is again a
 permutation of the volume. One pass does all of them: it follows each voxel p of y back through the
-cubes, from last to first. If p is in a cube, it moves to its source there. x is read at the end:
+cubes, from last to first (the inverse: from first to last, with the inverse steps). If p is in a
+cube, it moves to its source there. x is read at the end:
 
     for n = N-1 .. 0:   if p in cube n:   p <- corner_n + permute_n(p - corner_n)
     y[start] = x[p]
-
-The inverse visits the cubes from first to last, with the inverse steps.
 
 Backward. y = P x with a permutation matrix P, so dx = P^T dy = P^-1 dy: the inverse shuffle of dy.
 Only corners and seeds are saved.
@@ -40,9 +39,8 @@ Layout. A program handles BLOCK elements that are adjacent in memory, whichever 
                       (v: a voxel; c: a voxel's channels, then those of the next, v', v'', ...)
 
 Blocks that no cube touches, nearly all of them, are copied with 128-bit loads and stores. The
-others compute each voxel's source and gather: the stores stay wide, the loads are as random as the
-permutation. A strided view (`DENSE` false) is read through its strides. Nothing is copied
-beforehand, and y has x's layout.
+others compute each voxel's source and gather: the stores stay wide, the loads are random. A strided
+view (`DENSE` false) is read through its strides, not copied beforehand, and y has x's layout.
 """
 
 import os
@@ -58,9 +56,8 @@ except ImportError:  # macOS, Windows
 
 ROUNDS = 4
 _MASK = 0xFFFFFFFF  # int64 tensors hold the 32-bit words
-# Bytes per program: 16, the widest access, for each thread of 4 warps of 64 (AMD), and twice that
-# for warps of 32; half as many for 1-byte elements, to save registers. In the interpreter the cost
-# of a program hardly depends on its size.
+# Bytes per program: 16, the widest access, per thread of 4 warps of 64 (AMD), 32 for warps of 32;
+# half as many for 1-byte elements, to save registers. The interpreter takes its time per program.
 _BYTES = 2**18 if os.environ.get("TRITON_INTERPRET") == "1" else 4096
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -84,8 +81,7 @@ def _permute(size: int, key: Tensor, inverse: bool = False) -> tuple[Tensor, Ten
 
 
 def _checked(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
-    """Corners (B, N, 3) as int64, all checked; on a GPU moved into the volume instead, without
-    waiting for it."""
+    """Corners (B, N, 3) as int64, all checked; on a GPU moved into the volume, without waiting."""
     b, volume = len(x), x.shape[2:]
     if corners.dim() != 3 or corners.shape[0] != b or corners.shape[2] != 3:
         raise ValueError(f"corners: expected ({b}, N, 3), got {tuple(corners.shape)}")
@@ -104,8 +100,7 @@ def _checked(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
 
 def _key(seed: int, cube: int) -> int:
     """The 32-bit key of one cube of one sample, from the sample's seed."""
-    low = _mix(seed & _MASK)
-    high = _mix(((seed >> 32) & _MASK) ^ 0x5BD1E995)
+    low, high = _mix(seed & _MASK), _mix(((seed >> 32) & _MASK) ^ 0x5BD1E995)
     return _mix((low + high + 0x632BE5AB * (cube + 1)) & _MASK)
 
 
@@ -113,14 +108,8 @@ def _seeds(x: Tensor, seed: int | list[int] | Tensor) -> Tensor:
     """(B,) int64: one per sample. Longer integers keep their low 64 bits."""
     if isinstance(seed, Tensor):
         return seed
-    if isinstance(seed, int):
-        return torch.arange(len(x)) + _low_64(seed)
-    return torch.tensor([_low_64(s) for s in seed], dtype=torch.int64)
-
-
-def _low_64(seed: int) -> int:
-    """The low 64 bits, as a signed integer."""
-    return seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63
+    low = [(int(s) + 2**63) % 2**64 - 2**63 for s in ([seed] if isinstance(seed, int) else seed)]
+    return torch.arange(len(x)) + low[0] if isinstance(seed, int) else torch.tensor(low).long()
 
 
 def voxel_shuffle_ref(
@@ -130,8 +119,8 @@ def voxel_shuffle_ref(
 
     Args:
         x: (B, C, D, H, W), any dtype; all channels of a sample get the same permutation.
-        corners: (B, N, 3) integers: the lowest voxel of each cube. On a GPU the Triton path cannot
-            check them without waiting, and moves such cubes into the volume instead.
+        corners: (B, N, 3) integers: the lowest voxel of each cube. Corners on a GPU are not checked
+            by the Triton path, which would have to wait, but moved into the volume.
         size: side of the cubes in voxels.
         seed: the key: an integer (sample b uses seed + b) or (B,) integers, one per sample.
         inverse: undo the shuffle with the same arguments.
@@ -167,12 +156,17 @@ if triton is not None:
         return (a + (SIZE - h if INVERSE else h)) % SIZE
 
     @triton.jit
+    def _offsets(c, d, h, w, strides):
+        offsets = c.to(tl.int64) * strides[1] + d.to(tl.int64) * strides[2]
+        return offsets + h.to(tl.int64) * strides[3] + w.to(tl.int64) * strides[4]
+
+    @triton.jit
     def _shuffle_kernel(
-        x, y,  # (B, C, D, H, W), strides below
+        x, y,  # (B, C, D, H, W)
         cubes,  # (B, 3 N + 1) int64: corners d, h, w of all cubes, then the seed
         N, H, W, run,  # run: the number of elements adjacent in memory, D H W INNER
         runs, blocks,  # runs per sample, blocks per run
-        xb, xc, xd, xh, xw, yb, yc, yd, yh, yw,
+        x_strides, y_strides,  # of b, c, d, h, w
         INNER: tl.constexpr,  # channels that are adjacent: C in channels_last_3d, else 1
         DENSE: tl.constexpr,  # x and y are laid out as the runs are
         WIDE: tl.constexpr,  # a run of 2^31 elements or more
@@ -182,10 +176,11 @@ if triton is not None:
         block = tl.program_id(0) % blocks
         index = tl.program_id(0) // blocks
         b = (index // runs).to(tl.int64)
-        x, y = x + b * xb, y + b * yb
+        x += b * x_strides[0]
+        y += b * y_strides[0]
         if INNER == 1:  # one run per channel
-            channel = (index % runs).to(tl.int64)
-            x, y = x + channel * xc, y + channel * yc
+            x += (index % runs).to(tl.int64) * x_strides[1]
+            y += (index % runs).to(tl.int64) * y_strides[1]
         cubes += b * (3 * N + 1)
         start = (block.to(tl.int64) if WIDE else block) * BLOCK
         m = start + tl.arange(0, BLOCK)  # (BLOCK,) index in the run
@@ -207,10 +202,7 @@ if triton is not None:
         else:
             v, c = m // INNER, m % INNER
             d, h, w = (v // W // H).to(tl.int32), (v // W % H).to(tl.int32), (v % W).to(tl.int32)
-            target = m
-            if not DENSE:
-                target = c.to(tl.int64) * yc + d.to(tl.int64) * yd
-                target = target + h.to(tl.int64) * yh + w.to(tl.int64) * yw
+            target = m if DENSE else _offsets(c, d, h, w, y_strides)
             seed = tl.load(cubes + 3 * N)
             low = _mix_word(seed.to(tl.uint32))
             high = _mix_word((seed >> 32).to(tl.uint32) ^ 0x5BD1E995)
@@ -235,8 +227,7 @@ if triton is not None:
                 d = tl.where(in_cube, d_n + i.to(tl.int32), d)
                 h = tl.where(in_cube, h_n + j.to(tl.int32), h)
                 w = tl.where(in_cube, w_n + k.to(tl.int32), w)
-            source = c.to(tl.int64) * xc + d.to(tl.int64) * xd
-            source = source + h.to(tl.int64) * xh + w.to(tl.int64) * xw
+            source = _offsets(c, d, h, w, x_strides)
             tl.store(y + target, tl.load(x + source, mask=mask, other=0), mask=mask)
 
 
@@ -255,9 +246,7 @@ def _launch(x: Tensor, y: Tensor, cubes: Tensor, size: int, inverse: bool) -> tu
     runs, blocks = channels // inner, triton.cdiv(run, block)
     arguments = {"x": x.view(word), "y": y.view(word), "cubes": cubes, "N": cubes.shape[1] // 3}
     arguments |= {"H": height, "W": width, "run": run, "INNER": inner, "DENSE": dense}
-    arguments |= {"runs": runs, "blocks": blocks}
-    arguments |= {f"x{axis}": stride for axis, stride in zip("bcdhw", x.stride())}
-    arguments |= {f"y{axis}": stride for axis, stride in zip("bcdhw", y.stride())}
+    arguments |= {"runs": runs, "blocks": blocks, "x_strides": x.stride(), "y_strides": y.stride()}
     arguments |= {"SIZE": size, "INVERSE": inverse, "WIDE": run + block > 2**31, "BLOCK": block}
     return _shuffle_kernel, (blocks * runs * batch,), arguments
 
