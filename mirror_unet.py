@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from recompute import convolve, is_recomputable, recomputable
+from kernels.recompute import convolve, is_recomputable, recomputable
 
 # `recomputable(f, x)` is f(x), marked so that a `convolve` that reads it computes it again in its
 # backward pass instead of keeping it. Outputs of convolutions are kept; outputs of norms and
@@ -333,7 +333,7 @@ class MirrorUNet(nn.Module):
             w = torch.tensor(0.5 if learnable else float(ct_weight))
             self.ct_weight = nn.Parameter(w) if learnable else nn.Buffer(w)
         for module in self.modules():
-            module.released = norm == "batch"  # type: ignore  # see recompute.py
+            module.released = norm == "batch"  # type: ignore  # see kernels/recompute.py
 
     def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
         self.check_input(x.shape, channels=2)

@@ -30,9 +30,9 @@ CORE = {
     "kernels/dice_ce.py": "soft Dice + cross entropy: maths, reference, Triton",
     "kernels/norm_act.py": "instance norm + affine + PReLU + residual: the same",
     "kernels/voxel_shuffle.py": "the keyed permutation of voxels: the same",
+    "kernels/recompute.py": "keep less for the backward pass",
 }
 SUPPORT = {
-    "recompute.py": "keep less for the backward pass",
     "layouts.py": "folders of studies in any layout → cases",
     "files.py": "clear errors, atomic writes, JSON and images read with care",
     "processes.py": "locks, child processes, cores and memory",

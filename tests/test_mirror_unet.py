@@ -13,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import mirror_unet
 from config import PRESETS, Config
+from kernels.recompute import convolve, recomputable, takes_im2col
 from losses import MirrorLoss
 from mirror_unet import TASKS, BrainOutput, MirrorOutput, MirrorUNet, from_official
-from recompute import convolve, recomputable, takes_im2col
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (3, 4, 5, 6, 7)
@@ -515,7 +515,7 @@ def test_recomputation_keeps_less_and_gives_the_same_gradients(monkeypatch):
 
 @pytest.mark.parametrize("side", [48, pytest.param(96, marks=pytest.mark.slow)])
 def test_a_step_keeps_178_bytes_per_voxel_and_284_without_recomputation(side, monkeypatch):
-    """What recompute.py states, counted over the tensors that a v3 step keeps.
+    """What kernels/recompute.py states, counted over the tensors that a v3 step keeps.
 
     That is what autograd saves between forward and backward, without the parameters, and the
     batch: clean images (two of float32), labels (uint8) and the corrupted input.
