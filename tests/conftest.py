@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, see train.py
 
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("MIRROR_UNET_KERNELS", "plain")
+# What a shell starts in the background, as nohup does, ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("MIRROR_UNET_SHARED", ROOT.parent / "shared"))
