@@ -91,10 +91,10 @@ def _checked(x: Tensor, corners: Tensor, seeds: Tensor, size: int) -> Tensor:
     room = [side - size for side in volume]
     if corners.device.type != "cpu" and min(size - 1, *room) >= 0:
         return torch.stack([corners[..., i].clamp(0, room[i]) for i in range(3)], -1)
-    wrong = (corners < 0) | (corners > corners.new_tensor(room)) | (size < 1)
-    if wrong.any():
-        corner = corners[wrong.any(-1)][0].tolist()
-        raise ValueError(f"cube at {corner}, side {size}: not inside the volume {tuple(volume)}")
+    for corner in corners.flatten(0, 1).tolist():
+        if size < 1 or not all(0 <= c <= limit for c, limit in zip(corner, room)):
+            outside = f"not inside the volume {tuple(volume)}"
+            raise ValueError(f"cube at {corner}, side {size}: {outside}")
     return corners
 
 
@@ -108,8 +108,8 @@ def _seeds(x: Tensor, seed: int | list[int] | Tensor) -> Tensor:
     """(B,) int64: one per sample. Longer integers keep their low 64 bits."""
     if isinstance(seed, Tensor):
         return seed
-    low = [(int(s) + 2**63) % 2**64 - 2**63 for s in ([seed] if isinstance(seed, int) else seed)]
-    return torch.arange(len(x)) + low[0] if isinstance(seed, int) else torch.tensor(low).long()
+    seeds = [seed + b for b in range(len(x))] if isinstance(seed, int) else seed
+    return torch.tensor([(int(s) + 2**63) % 2**64 - 2**63 for s in seeds], dtype=torch.int64)
 
 
 def voxel_shuffle_ref(
