@@ -353,7 +353,12 @@ def edit(path: Path, change) -> None:
 
 
 def with_nan(voxels, affine):
-    voxels[3, 3, 3] = np.nan
+    voxels[tuple(n // 2 for n in voxels.shape)] = np.nan  # in the body; outside it becomes air
+    return voxels, affine
+
+
+def elsewhere(voxels, affine):
+    affine[0, 3] += 3000  # mm
     return voxels, affine
 
 
@@ -373,11 +378,11 @@ BAD_DATA = {  # what is done to a folder of good studies, and words of the messa
     ),
     "missing": (
         lambda r: (r / SEG).unlink(),
-        [SEG, "missing", "a study needs SUV, CTres and SEG"],
+        [SEG, "missing", "a study needs PET, CT and truth"],
     ),
-    "grids that differ": (
-        lambda r: edit(r / CT, lambda voxels, affine: (voxels[1:], affine)),
-        [CT, "SUV.nii.gz", "not on one grid", "resample"],
+    "a CT of another place": (
+        lambda r: edit(r / CT, elsewhere),
+        [CT, "SUV.nii.gz"],
     ),
     "origins that differ": (
         lambda r: edit(r / SEG, shifted),
@@ -385,7 +390,7 @@ BAD_DATA = {  # what is done to a folder of good studies, and words of the messa
     ),
     "NaN": (
         lambda r: edit(r / SUV, with_nan),
-        [SUV, "1 voxels are NaN or infinite", "set them to 0"],
+        [SUV, "NaN or infinite"],
     ),
     "4D": (
         lambda r: edit(r / SUV, lambda voxels, affine: (np.stack([voxels, voxels], -1), affine)),
@@ -393,15 +398,15 @@ BAD_DATA = {  # what is done to a folder of good studies, and words of the messa
     ),
     "labels out of range": (
         lambda r: edit(r / SEG, lambda voxels, affine: (voxels + 6, affine)),
-        [SEG, "expected labels 0 and 1", "write tumor as 1"],
+        [SEG, "expected labels [0, 1], found [0, 6, 7]", "--label-values"],
     ),
     "Bq/ml": (
         lambda r: edit(r / SUV, lambda voxels, affine: (voxels * 5000, affine)),
-        [SUV, "look like Bq/ml, not SUV", "divide by injected dose"],
+        [SUV, "look like Bq/ml or SUV x 1000, not SUV", "divide by injected dose"],
     ),
     "an empty folder": (
         lambda r: shutil.rmtree(r) or r.mkdir(),
-        ["no SUV.nii.gz at any depth", "expected AutoPET's layout"],
+        ["no studies", "expected SUV.nii.gz or another layout"],
     ),
     "no folder": (
         lambda r: shutil.rmtree(r),
@@ -413,7 +418,7 @@ BAD_DATA = {  # what is done to a folder of good studies, and words of the messa
     ),
     "a name twice": (
         lambda r: shutil.copytree(r / "PETCT_0000/visit1", r / "PETCT_0000__visit1"),
-        ["occurs twice", "remove one"],
+        ["both would be study PETCT_0000__visit1", "rename one"],
     ),
 }
 
@@ -441,7 +446,7 @@ def test_bad_data_gives_a_clear_message(studies, tmp_path, capsys, defect):
     change, words = BAD_DATA[defect]
     change(tmp_path / "in")
     args = with_root(args, root / "petct", tmp_path / "in")
-    message = error_of(train.main, [*args, "--out", tmp_path / "r"], capsys)
+    message = error_of(train.main, [*args, "--steps", "1", "--out", tmp_path / "r"], capsys)
     assert all(w in message for w in words), message
     assert not (tmp_path / "r").exists()
 
