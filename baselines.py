@@ -39,6 +39,7 @@ from mirror_unet import (
     TASKS,
     BrainOutput,
     Branch,
+    CellOutput,
     ConvUnit,
     LightDecoder,
     MirrorOutput,
@@ -47,7 +48,7 @@ from mirror_unet import (
     UpLayer,
 )
 
-Output = MirrorOutput | BrainOutput
+Output = MirrorOutput | CellOutput | BrainOutput
 
 
 # -------------------------------------------------------------------------- what all have in common
@@ -297,7 +298,7 @@ class Joint(Baseline):
             those of CT.
     """
 
-    classify = MirrorUNet.classify
+    output = MirrorUNet.output
 
     def __init__(self, channels, norm, tasks="v1", skips="pet", classifier="cells"):
         super().__init__()
@@ -321,19 +322,16 @@ class Joint(Baseline):
         skips = concatenate_skips(ct, pet) if self.skips == "both" else pet
         return self.bottleneck(torch.cat([ct[3], pet[3]], dim=1)), ct, skips
 
-    def forward(self, x: Tensor) -> MirrorOutput:
+    def forward(self, x: Tensor) -> Output:
         bottleneck, ct_skips, skips = self.encode(x)
         seg = self.pet_decoder(bottleneck, skips)
         ct = self.ct_decoder(bottleneck, ct_skips) if "ct" in self.tasks else None
         pet = self.bottleneck_decoder(bottleneck) if "pet" in self.tasks else None
-        tumor, cells = self.classify(bottleneck, seg)
-        return MirrorOutput(seg, ct, pet, tumor, cells)
+        return self.output(bottleneck, seg, ct, pet)
 
-    def segment(self, x: Tensor) -> MirrorOutput:
+    def segment(self, x: Tensor) -> Output:
         bottleneck, _, skips = self.encode(x)
-        seg = self.pet_decoder(bottleneck, skips)
-        tumor, cells = self.classify(bottleneck, seg)
-        return MirrorOutput(seg=seg, tumor=tumor, cells=cells)
+        return self.output(bottleneck, self.pet_decoder(bottleneck, skips))
 
 
 class BrainRec(MirrorUNet):

@@ -103,7 +103,7 @@ class MirrorLoss(nn.Module):
                 parts[f"{name}_ce"] = loss.detach() - parts[f"{name}_dice"]
             elif name == "tumor":
                 classification = bce(output, batch["tumor"])
-                cells: Tensor | None = outputs.cells  # type: ignore
+                cells: Tensor | None = getattr(outputs, "cells", None)
                 if cells is not None:  # judge every cell by the voxels in it
                     truth = F.adaptive_max_pool3d(batch["seg"].float(), cells.shape[1:])
                     classification = bce(cells, truth)

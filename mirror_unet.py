@@ -75,7 +75,16 @@ class MirrorOutput(NamedTuple):
     ct: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: (B, 2, D, H, W) CT branch logits
     pet: Tensor | None = None  # (B, 1, D, H, W) reconstruction; v4: the PET branch's logits
     tumor: Tensor | None = None  # (B,) logit of "there is a tumor"
-    cells: Tensor | None = None  # (B, D/16, H/16, W/16) the same for each part of the patch
+
+
+class CellOutput(NamedTuple):
+    """Outputs of a network with a CellClassifier: those of MirrorOutput, and `cells`."""
+
+    seg: Tensor
+    ct: Tensor | None
+    pet: Tensor | None
+    tumor: Tensor
+    cells: Tensor  # (B, D/16, H/16, W/16) logit of "there is a tumor" in each part of the patch
 
 
 class BrainOutput(NamedTuple):
@@ -292,7 +301,7 @@ class MirrorUNet(nn.Module):
         classifier: of v3, "cells" (CellClassifier) | "release"; the default goes with the norm.
 
     Forward: x (B, 2, D, H, W), channel 0 CT (brain: T2w), channel 1 PET (brain: FLAIR)
-    -> MirrorOutput | BrainOutput. Raises ValueError, naming a size that works, if the strides do
+    -> MirrorOutput | CellOutput | BrainOutput. Raises ValueError, naming a size that works, if the strides do
     not divide D, H, W or the bottleneck gets too small for its norm.
     """
 
@@ -335,7 +344,7 @@ class MirrorUNet(nn.Module):
         for module in self.modules():
             module.released = norm == "batch"  # type: ignore  # see kernels/recompute.py
 
-    def forward(self, x: Tensor) -> MirrorOutput | BrainOutput:
+    def forward(self, x: Tensor) -> MirrorOutput | CellOutput | BrainOutput:
         self.check_input(x.shape, channels=2)
         ct_bottleneck, ct_skips = self.ct.encode(x[:, 0:1])
         pet_bottleneck, pet_skips = self.pet.encode(x[:, 1:2])
@@ -350,14 +359,15 @@ class MirrorUNet(nn.Module):
             from_both = self.bottleneck_decoder(torch.cat([ct_bottleneck, pet_bottleneck], dim=1))
         if self.preset == "brain":
             return BrainOutput(core=from_ct, whole=from_both, edema=from_pet)
-        tumor, cells = self.classify(pet_bottleneck, from_pet)
-        return MirrorOutput(from_pet, from_ct, from_both, tumor, cells)
+        return self.output(pet_bottleneck, from_pet, from_ct, from_both)
 
-    def classify(self, bottleneck: Tensor, seg: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`tumor` and `cells` of the output, from the bottleneck and the segmentation's logits."""
-        return self.classifier(bottleneck, seg) if self.classifier else (None, None)
+    def output(self, bottleneck, seg, ct=None, pet=None) -> MirrorOutput | CellOutput:
+        """All outputs: those given, and what the classifier says of bottleneck and segmentation."""
+        tumor, cells = self.classifier(bottleneck, seg) if self.classifier else (None, None)
+        out = MirrorOutput(seg, ct, pet, tumor)
+        return out if cells is None else CellOutput(*out, cells)  # type: ignore
 
-    def segment(self, x: Tensor) -> MirrorOutput | BrainOutput:
+    def segment(self, x: Tensor) -> MirrorOutput | CellOutput | BrainOutput:
         """Segmentation and classification alone, with the least computation.
 
         v1-v3 take PET alone, x (B, 1, D, H, W), and cost half of `forward`, whose `seg` and `tumor`
@@ -371,9 +381,7 @@ class MirrorUNet(nn.Module):
             return self(x)
         self.check_input(x.shape, channels=1)
         bottleneck, skips = self.pet.encode(x)
-        seg = self.pet.decode(bottleneck, skips)
-        tumor, cells = self.classify(bottleneck, seg)
-        return MirrorOutput(seg=seg, tumor=tumor, cells=cells)
+        return self.output(bottleneck, self.pet.decode(bottleneck, skips))
 
     def check_input(self, shape: tuple[int, ...], channels: int = 2) -> None:
         """Raise ValueError for an input shape (B, C, D, H, W) that the network cannot take."""

@@ -15,7 +15,14 @@ import mirror_unet
 from config import PRESETS, Config
 from kernels.recompute import convolve, recomputable, takes_im2col
 from losses import MirrorLoss
-from mirror_unet import TASKS, BrainOutput, MirrorOutput, MirrorUNet, from_official
+from mirror_unet import (
+    TASKS,
+    BrainOutput,
+    CellOutput,
+    MirrorOutput,
+    MirrorUNet,
+    from_official,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = (3, 4, 5, 6, 7)
@@ -252,7 +259,7 @@ def test_the_classifier_of_a_cell_reads_that_cell():
     seg.requires_grad_()
     with torch.no_grad():
         model.classifier.out.weight[:, -1] = 1.0
-    tumor, cells = model.classify(bottleneck, seg)
+    tumor, cells = model.classifier(bottleneck, seg)
     others = cells.flatten().tolist()
     assert others.pop(6 + 2 * 2 + 0) == tumor.item() == pytest.approx(others[0] + 5)
     assert len(set(others)) == 1
@@ -266,11 +273,11 @@ def test_the_loss_of_the_cells_is_that_of_their_voxels():
     images = torch.zeros(1, 1, 32, 16, 16)
     batch = {"ct": images, "pet": images, "seg": labels, "tumor": torch.ones(1)}
     cells = torch.tensor([[[[-1.0]], [[2.0]]]])
-    out = MirrorOutput(torch.zeros(1, 2, 32, 16, 16), images, images, cells.amax()[None], cells)
+    out = CellOutput(torch.zeros(1, 2, 32, 16, 16), images, images, cells.amax()[None], cells)
     _, parts = MirrorLoss("v3")(out, batch)
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2
     assert parts["cls_bce"].item() == pytest.approx(expected)
-    _, parts = MirrorLoss("v3")(out._replace(cells=None), batch)
+    _, parts = MirrorLoss("v3")(MirrorOutput(*out[:4]), batch)
     assert parts["cls_bce"].item() == pytest.approx(math.log1p(math.exp(-2)))
 
 
@@ -364,10 +371,14 @@ def test_shapes_of_the_outputs(version, size):
         ct=image,
         pet=None if version == "v1" else image,
         tumor=(2,) if version == "v3" else None,
-        cells=(2, *(n // 16 for n in size)) if version == "v3" else None,
     )
+    if version == "v3":
+        expected = (*expected, (2, *(n // 16 for n in size)))
     shapes = [None if t is None else tuple(t.shape) for t in out]
-    assert MirrorOutput(*shapes) == expected
+    assert tuple(shapes) == tuple(expected)
+    assert isinstance(out, CellOutput if version == "v3" else MirrorOutput)
+    release = MirrorUNet(version, channels=TINY, norm="batch")(torch.randn(2, 2, *size))
+    assert isinstance(release, MirrorOutput)
 
 
 def test_shapes_of_the_brain_outputs():
