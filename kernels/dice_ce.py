@@ -464,7 +464,20 @@ if triton is not None:
             # The masks become numbers that the sums multiply by: a GPU has few registers for bits,
             # and a number takes one register per voxel. A label outside [0, C) must not go
             # unnoticed, so such a voxel counts as NaN.
-            if C == 2 and not SIGMOID:
+            if SIGMOID:
+                x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
+                one = tl.where((y == 0) | (y == 1), 1.0, float("nan"))
+                one = tl.where(valid, one, 0.0)
+                e = tl.exp(-tl.abs(x))
+                p = one * tl.where(x > 0, 1.0, e) / (1.0 + e)
+                loss = tl.maximum(tl.where(y == 1, -x, x), 0.0) + tl.log(1.0 + e)
+                t = tl.where(y == 1, one, 0.0)
+                inter += tl.sum(p * t, 1)
+                pred += tl.sum(p, 1)
+                true += tl.sum(t, 1)
+                nll += tl.sum(one * loss, 1)
+                voxels += tl.sum(one, 1)
+            elif C == 2:
                 z, wrong, right, e = _two_classes(
                     logits, offsets, first, count, stride_c, y, INTERLEAVED, ACC, BLOCK
                 )
@@ -481,28 +494,17 @@ if triton is not None:
                 nll += tl.where(c == 0, tl.sum(t0 * loss, 0), tl.sum(t1 * loss, 0))
             else:
                 x = _load(logits, offsets, first, count, stride_c, C, CP, INTERLEAVED, ACC, BLOCK)
-                if SIGMOID:
-                    one = tl.where((y == 0) | (y == 1), 1.0, float("nan"))
-                    one = tl.where(valid, one, 0.0)
-                    e = tl.exp(-tl.abs(x))
-                    p = one * tl.where(x > 0, 1.0, e) / (1.0 + e)
-                    t = tl.where(y == 1, one, 0.0)
-                    loss = tl.maximum(tl.where(y == 1, -x, x), 0.0) + tl.log(1.0 + e)
-                    loss *= one
-                    voxels += tl.sum(one, 1)
-                else:
-                    x -= tl.max(x, 0)[None, :]
-                    p = tl.exp(x)
-                    total = tl.sum(p, 0)[None, :]
-                    one = tl.where((y >= 0) & (y < C), 1.0, float("nan"))
-                    one = tl.where(valid, one, 0.0)[None, :]
-                    p *= one / total
-                    t = tl.where(y[None, :] == c[:, None], one, 0.0)
-                    loss = tl.where(t == 1.0, tl.log(total) - x, 0.0)
+                x -= tl.max(x, 0)[None, :]
+                p = tl.exp(x)
+                total = tl.sum(p, 0)[None, :]
+                one = tl.where((y >= 0) & (y < C), 1.0, float("nan"))
+                one = tl.where(valid, one, 0.0)[None, :]
+                p *= one / total
+                t = tl.where(y[None, :] == c[:, None], one, 0.0)
                 inter += tl.sum(p * t, 1)
                 pred += tl.sum(p, 1)
                 true += tl.sum(t, 1)
-                nll += tl.sum(loss, 1)
+                nll += tl.sum(tl.where(t == 1.0, tl.log(total) - x, 0.0), 1)
         out = partials + (c * samples + sample) * programs + program
         step = C * samples * programs
         tl.store(out, inter, mask=c < C)
@@ -663,14 +665,13 @@ def _geometry(logits: Tensor, **others: Tensor) -> dict:
     tensors = {"logits": logits, **others}
     steps = {name: _flat_stride(size, x.stride()[-len(size) :]) for name, x in tensors.items()}
     flat = None not in steps.values()
-    interleaved = flat and c == padded
+    packed = [x.stride(1) == 1 and steps[k] == c for k, x in tensors.items() if k != "target"]
+    interleaved = flat and c == padded and all(packed)
     args = {}
     for name, x in tensors.items():
         spatial = (0, 0, steps[name]) if flat else (0, 0, *x.stride()[-len(size) :])[-3:]
         channel = x.stride()[1 : 1 + x.dim() - 1 - len(size)]  # labels have none, unless sigmoid
         args[f"{name}_strides"] = (x.stride(0), *spatial, *channel)
-        if name != "target":
-            interleaved = interleaved and x.stride(1) == 1 and steps[name] == c
     # On a CPU it is the interpreter that runs, which takes milliseconds per program.
     tile = 2 * TILE if logits.device.type == "cpu" else TILE
     args |= {"n": n, "height": 1 if flat else ([1, *size])[-2], "width": 1 if flat else size[-1]}
@@ -704,11 +705,10 @@ def _finish_launch(
     outputs = {"loss": (), "dice": (groups, c), "coefficients": (2 * groups + 1, c)}
     dtype = _accumulator(dtype)
     args = {name: partials.new_empty(shape, dtype=dtype) for name, shape in outputs.items()}
-    args |= {"partials": partials, "class_weight": class_weight, "BACKGROUND": background}
-    args |= {"smooth_nr": smooth_nr, "smooth_dr": smooth_dr, "scale": float(scale)}
-    args |= {"dice_weight": dice_weight, "ce_weight": ce_weight, "C": c, "CP": padded}
-    args |= {"groups": groups, "length": length, "STEP": max(1, 2048 // padded)}
-    args |= {"SIGMOID": quantities == 5}
+    args |= dict(partials=partials, class_weight=class_weight, BACKGROUND=background, C=c)
+    args |= dict(smooth_nr=smooth_nr, smooth_dr=smooth_dr, scale=float(scale), CP=padded)
+    args |= dict(dice_weight=dice_weight, ce_weight=ce_weight, groups=groups, length=length)
+    args |= dict(SIGMOID=quantities == 5, STEP=max(1, 2048 // padded))
     return _finish_kernel, (1,), args
 
 

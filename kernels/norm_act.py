@@ -111,8 +111,7 @@ def _check(x, weight, bias, slope, residual) -> tuple[Tensor | None, float]:
             wanted = f"{' or '.join(map(str, sizes))} values for {c} channels"
             raise ValueError(f"{name}: expected {wanted}, got shape {tuple(t.shape)}")
     if residual is not None and residual.shape != x.shape:
-        found = tuple(residual.shape)
-        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {found}")
+        raise ValueError(f"residual: expected {tuple(x.shape)}, as x, got {tuple(residual.shape)}")
     return slope, leak
 
 
