@@ -301,8 +301,8 @@ class MirrorUNet(nn.Module):
         classifier: of v3, "cells" (CellClassifier) | "release"; the default goes with the norm.
 
     Forward: x (B, 2, D, H, W), channel 0 CT (brain: T2w), channel 1 PET (brain: FLAIR)
-    -> MirrorOutput | CellOutput | BrainOutput. Raises ValueError, naming a size that works, if the strides do
-    not divide D, H, W or the bottleneck gets too small for its norm.
+    -> MirrorOutput (with cells: CellOutput) | BrainOutput. Raises ValueError, naming a size that
+    works, if the strides do not divide D, H, W or the bottleneck gets too small for its norm.
     """
 
     strides = (16, 16, 16)  # of all down-sampling levels together
