@@ -25,11 +25,14 @@ help: ## list the targets
 train: install ## train a v3 on synthetic PET/CT; ARGS: options of train.py
 	$(PY) train.py $(ARGS)
 
+# A process per core, each with one thread: processes that compute with more wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
 test: install ## run the tests; ARGS: options of pytest
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: install ## run all tests, also those that train for minutes
-	$(PY) -m pytest -q -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 # Kills, faults and mutated inputs: 20 minutes on two cores; ARGS=--short: two; ARGS="--seed N"
 faults: install ## try to lose a run or to get wrong data in; ARGS: options of tests/faults/run.py

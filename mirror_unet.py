@@ -170,7 +170,7 @@ class UpLayer(nn.Module):
     """Double each side with a transposed conv unit, then refine with a residual unit.
 
     `top=True`, for the output of a decoder: the refinement is a bare convolution, and with
-    norm="instance" so is the transposed one.
+    norm="instance" so is the transposed one; both start small, and the output so near 0.
     """
 
     def __init__(self, in_channels, out_channels, norm, top=False):
@@ -178,6 +178,9 @@ class UpLayer(nn.Module):
         up_norm = "none" if top and norm == "instance" else norm
         self.up = ConvUnit(in_channels, out_channels, up_norm, up=True)
         self.refine = ResidualUnit(out_channels, out_channels, norm, n_units=1, bare=top)
+        if up_norm == "none":  # images are in [0, 1]: to unlearn a large output costs features
+            for weight in self.parameters():
+                weight.data *= 0.1
 
     def forward(self, below: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
@@ -239,9 +242,6 @@ class LightDecoder(nn.Sequential):
         tops = (False, False, False, norm == "instance")
         layers = [UpLayer(i, o, norm, top) for i, o, top in zip(widths, widths[1:], tops)]
         super().__init__(*layers)
-        if norm == "instance":  # start with linear interpolation: no skip brings finer details
-            weight, hat = layers[-1].up.conv.weight, torch.tensor([0.5, 1.0, 0.5]) * 1.5
-            weight.data = weight.data[..., 1:2, 1:2, 1:2] * hat[:, None, None] * hat[:, None] * hat
 
 
 class CellClassifier(nn.Module):

@@ -7,6 +7,7 @@ mutated inputs are in tests/faults (`make faults`).
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -365,14 +366,12 @@ def test_labels_travel_as_bytes(run_args):
     assert next(iter(run.batches()))["label"].dtype == torch.uint8
 
 
-def kill_first_child(*_) -> None:
-    """End this process's oldest child, as the kernel does when memory is full."""
+def kill_a_loader(*_) -> None:
+    """End a loader process of this one, as the kernel does when memory is full."""
     deadline = time.monotonic() + 60
-    children: list[str] = []
-    while not children and time.monotonic() < deadline:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    while not (loaders := multiprocessing.active_children()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(int(children[0]), signal.SIGKILL)
+    loaders[0].kill()
 
 
 def end_at_once(job: int) -> None:
@@ -385,7 +384,7 @@ def test_a_killed_loader_process_is_a_line(run_args, monkeypatch):
     monkeypatch.setattr(parallel, "loaders", lambda *_: 1)
 
     def killing(self, batch):
-        kill_first_child()
+        kill_a_loader()
         return step(self, batch)
 
     monkeypatch.setattr(Run, "train_step", killing)
