@@ -13,6 +13,7 @@ A patient's metabolic tumor volume (MTV) and TLG are the sums over the lesions.
 """
 
 import math
+from itertools import product
 
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
@@ -21,6 +22,7 @@ from scipy.spatial import KDTree
 
 _CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)
 MOST_SURFACE = 5_000_000  # voxels; more are noise, and would take gigabytes
+PEAK_BLOCK = 24  # voxels along a side
 SUV_MEASURES = ("suv_max", "suv_mean", "suv_peak", "tlg")
 CENTER = ("x_mm", "y_mm", "z_mm")
 LESION_MEASURES = ("volume_ml", *SUV_MEASURES, *CENTER, "meets_truth")
@@ -152,25 +154,34 @@ def _lesion(labels, number: int, box: tuple[slice, ...], affine, suv) -> dict:
     if suv is not None:
         mean = suv[box].mean(where=inside, dtype=np.float64)
         highest = suv[box].max(where=inside, initial=-math.inf)
-        peak = -math.inf
-        for start in range(box[0].start, box[0].stop, 32):  # in slabs, for memory
-            slab = (slice(start, min(start + 32, box[0].stop)), *box[1:])
-            means = _ball_means(suv, slab, spacing)
-            peak = max(peak, means[labels[slab] == number].max())
+        peak = _peak(suv, labels, number, box, spacing)
         row |= zip(SUV_MEASURES, map(float, (highest, mean, peak, mean * volume)))
     return row
 
 
-def _ball_means(suv: np.ndarray, box: tuple[slice, ...], spacing: np.ndarray) -> np.ndarray:
-    """For each voxel of a box, the mean SUV of those within 6.2 mm, the radius of 1 ml."""
+def _peak(suv, labels, number: int, box: tuple[slice, ...], spacing: np.ndarray) -> float:
+    """The highest mean SUV of a ball of 1 ml, a radius of 6.2 mm, around a voxel of the lesion."""
     radius = (3000 / (4 * math.pi)) ** (1 / 3)
     reach = (radius // spacing).astype(int)
     axes = [np.arange(-n, n + 1) * s for n, s in zip(reach, spacing)]
     ball = np.linalg.norm(np.meshgrid(*axes, indexing="ij"), axis=0) <= radius
-    outer = [slice(max(0, s.start - n), s.stop + n) for s, n in zip(box, reach)]
-    inner = [slice(s.start - o.start, s.stop - o.start) for s, o in zip(box, outer)]
-    means = ndimage.correlate(suv[tuple(outer)], ball / ball.sum(), mode="nearest")
-    return means[tuple(inner)]
+
+    # Block by block, the brightest first, until none left has a voxel above the peak.
+    blocks = []
+    edges = [range(s.start, s.stop, PEAK_BLOCK) for s in box]
+    for corner in product(*edges):
+        block = tuple(slice(i, min(i + PEAK_BLOCK, s.stop)) for i, s in zip(corner, box))
+        if (labels[block] == number).any():
+            outer = tuple(slice(max(0, s.start - n), s.stop + n) for s, n in zip(block, reach))
+            blocks.append((suv[outer].max(), block, outer))
+    peak = -math.inf
+    for brightest, block, outer in sorted(blocks, key=lambda b: -b[0]):
+        if brightest <= peak:
+            break
+        means = ndimage.correlate(suv[outer], ball / ball.sum(), mode="nearest")
+        inner = tuple(slice(s.start - o.start, s.stop - o.start) for s, o in zip(block, outer))
+        peak = max(peak, float(means[inner][labels[block] == number].max()))
+    return peak
 
 
 def lesion_totals(lesions: list[dict]) -> dict[str, float]:

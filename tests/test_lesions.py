@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
+from scipy import ndimage
 from test_data import make_affine, write_petct
 from test_predict import Oracle, ball, table
 
@@ -57,6 +58,21 @@ def test_the_peak_of_a_single_hot_voxel_is_spread_over_the_ball():
     assert (lesion["suv_max"], lesion["suv_mean"]) == (95, 95)
     (lesion,) = lesion_table(suv > 0, np.diag([8.0, 8, 8, 1]), suv)
     assert lesion["suv_peak"] == 95  # a voxel is larger than the ball
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 3.0), (4.0, 1.0, 2.0), (10.0, 10.0, 10.0)])
+@pytest.mark.parametrize("smoothing", [0, 2])
+def test_the_peak_is_the_highest_of_all_balls(spacing, smoothing):
+    """In a lesion of many blocks, most of which are left out as too dark."""
+    rng = np.random.default_rng(0)
+    suv = ndimage.gaussian_filter(rng.gamma(2, 1, (60, 50, 40)), smoothing).astype(np.float32)
+    mask = np.zeros(suv.shape, bool)
+    mask[1:58, 2:50, :39] = True
+    offsets = np.stack(np.meshgrid(*[np.arange(-6, 7)] * 3, indexing="ij"), axis=-1) * spacing
+    near = np.linalg.norm(offsets, axis=-1) <= (3000 / (4 * math.pi)) ** (1 / 3)
+    means = ndimage.correlate(suv, near / near.sum(), mode="nearest")
+    (lesion,) = lesion_table(mask, np.diag([*spacing, 1]), suv)
+    assert lesion["suv_peak"] == pytest.approx(means[mask].max(), rel=1e-6)
 
 
 def test_the_peak_need_not_lie_at_the_maximum():
