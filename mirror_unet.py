@@ -26,12 +26,10 @@ What is shared is *weights*, not features: the PET branch reads the PET image al
 segmentation and the classifier do not depend on the CT input. CT acts in training only, through its
 gradients on shared weights (and, with batch norm, through the running statistics there); at test
 time v1-v3 are PET networks, and `segment` runs only that half. v4's fused logits depend on both
-images, and so does the PET reconstruction, since the light decoder reads both bottlenecks. In brain
-MR, core depends on T2w alone, edema on FLAIR alone, and the whole tumor on both.
+images, and so does the PET reconstruction, since the light decoder reads both bottlenecks.
 
-Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, CellClassifier, MirrorUNet. We differ
-from the authors' release, whose weights `from_official` loads, in the norm (theirs: norm="batch")
-and in a classifier that says where the tumor is (theirs: classifier="release").
+Read ConvUnit, ResidualUnit, UpLayer, Branch, LightDecoder, CellClassifier, MirrorUNet. The authors'
+release, whose weights `from_official` loads, has norm="batch" and classifier="release".
 """
 
 import re
@@ -97,10 +95,7 @@ class BrainOutput(NamedTuple):
 
 # ------------------------------------------------------------------------------------------ layers
 class ConvUnit(nn.Module):
-    """Convolution -> norm (see NORMS) -> PReLU (one slope); with norm "none", the first alone.
-
-    `up=True`: a transposed convolution, sides x 2.
-    """
+    """Convolution (`up`: transposed, sides x 2) -> norm -> PReLU; norm "none": the first alone."""
 
     def __init__(self, in_channels, out_channels, norm, kernel=3, stride=1, up=False):
         super().__init__()
@@ -184,13 +179,8 @@ class UpLayer(nn.Module):
 
     def forward(self, below: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
-            below = recomputable(concatenate, below, skip)
+            below = recomputable(lambda *maps: torch.cat(maps, dim=1), below, skip)
         return self.refine(self.up(below))
-
-
-def concatenate(*parts: Tensor) -> Tensor:
-    """Join feature maps along the channels: (B, C1, D, H, W), (B, C2, D, H, W), ..."""
-    return torch.cat(parts, dim=1)
 
 
 # --------------------------------------------------------------------------------- the two branches
@@ -221,9 +211,8 @@ class Branch(nn.Module):
             skips.append(x)
         return self.levels[4](x), skips
 
-    def decode(self, bottleneck: Tensor, skips: list[Tensor]) -> Tensor:
-        """Bottleneck and skips -> (B, out, D, H, W)."""
-        x = bottleneck
+    def decode(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """Bottleneck x and skips -> (B, out, D, H, W)."""
         for up, skip in zip(self.levels[5:], reversed(skips), strict=True):
             x = up(x, skip)
         return x
@@ -240,8 +229,7 @@ class LightDecoder(nn.Sequential):
         c1, c2, c3, _, c5 = channels
         widths = [in_channels or 2 * c5, c3, c2, c1, out_channels]
         tops = (False, False, False, norm == "instance")
-        layers = [UpLayer(i, o, norm, top) for i, o, top in zip(widths, widths[1:], tops)]
-        super().__init__(*layers)
+        super().__init__(*(UpLayer(i, o, norm, t) for i, o, t in zip(widths, widths[1:], tops)))
 
 
 class CellClassifier(nn.Module):
@@ -267,8 +255,7 @@ class ReleaseClassifier(nn.Module):
     """The release's: PET bottleneck (B, c5, d, h, w) -> logit (B,) and no cells.
 
     Average pooling to 6^3 makes it take any patch size; for the paper's 96^3 it is the identity.
-    Always with batch norm: instance norm of a single map would erase how strongly it responds,
-    which is the answer. (So does batch norm in training with a batch of one.)
+    Always with batch norm: instance norm of a single map would erase how strongly it responds.
     """
 
     def __init__(self, in_channels: int):
@@ -375,9 +362,6 @@ class MirrorUNet(nn.Module):
         images, (B, 2, D, H, W), and run `forward`. Any other x is a ValueError.
         """
         if len(self.reads) == 2:
-            if x.shape[1] == 1:
-                problem = f"{self.preset} {self.version} reads both modalities"
-                raise ValueError(f"{problem}: give both, x (B, 2, D, H, W)")
             return self(x)
         self.check_input(x.shape, channels=1)
         bottleneck, skips = self.pet.encode(x)
@@ -393,8 +377,7 @@ class MirrorUNet(nn.Module):
             need = f"the strides need multiples of {' x '.join(map(str, strides))}"
             raise ValueError(f"size {size}: {need}; use {fit}, for example")
         values = prod([n // s for n, s in zip(size, strides)])  # per channel, at the bottleneck
-        if self.norm == "batch":
-            values *= shape[0]
+        values *= shape[0] if self.norm == "batch" else 1
         if values < 2 and (self.norm != "batch" or self.training):
             problem = f"{self.norm.split('_')[0]} norm has one value per channel at the bottleneck"
             raise ValueError(f"size {size}: {problem}; use {2 * max(strides)} or more")

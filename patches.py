@@ -109,8 +109,7 @@ def read_region(array: np.ndarray, start, size, flip=()) -> np.ndarray:
     flip: those of the three axes (0, 1, 2) along which the result is mirrored.
     """
     start, size = np.asarray(start), np.asarray(size)
-    low = np.maximum(start, 0)
-    high = np.minimum(start + size, array.shape[-3:])
+    low, high = np.maximum(start, 0), np.minimum(start + size, array.shape[-3:])
     out = np.zeros((*array.shape[:-3], *size), array.dtype)
     if (high > low).all():
         source = tuple(slice(a, b) for a, b in zip(low, high))
@@ -159,27 +158,21 @@ def _read_rotated(image, label, start, size, matrix, flip) -> tuple[np.ndarray, 
     offset = middle - low - matrix @ ((size - 1) / 2)
     image, label = read_region(image, low, extent), read_region(label, low, extent)
     axis = next(a for a in range(3) if np.allclose(np.delete(matrix[a], a), 0))
-    order = [a for a in range(3) if a != axis] + [axis]  # from here on, about the last axis
-    matrix, offset, extent = matrix[np.ix_(order, order)], offset[order], extent[order]
-    rows, columns, layers = (np.arange(size[a])[:: -1 if a in flip else 1] for a in order)
-    plane = [m[0] * rows[:, None] + m[1] * columns for m in matrix[:2]]
-    source = [x + o for x, o in zip([*plane, matrix[2, 2] * layers], offset)]
-    i, j, k = (np.floor(x + 0.5).astype(int) for x in source)
-    label = label.transpose(order)[i, j][:, :, k]
-    i, j, k = (np.floor(x).astype(int) for x in source)
-    u, v, w = (x - np.floor(x) for x in source)
-    corners = [i * extent[1] + j + n for n in (0, 1, extent[1], extent[1] + 1)]
-    weights = np.stack([(1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v], -1, dtype=np.float32)
-    table = torch.from_numpy(image).permute(*(1 + a for a in order[:2]), 0, 1 + axis)
-    table = table.reshape(-1, 2 * extent[2]).float()  # a row per place in the plane
-    index = torch.from_numpy(np.stack(corners, -1)).view(-1, 4)
-    weights = torch.from_numpy(weights).view(-1, 4)
-    turned = F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
-    turned = turned.view(*i.shape, 2, -1)  # still as deep as was read
-    image = torch.lerp(turned[..., k], turned[..., k + 1], torch.from_numpy(w).float())
-    back = np.argsort(order)
-    image = image.permute(2, *(int((0, 1, 3)[a]) for a in back)).contiguous().numpy()
-    return image, np.ascontiguousarray(label.transpose(back))
+    plane = [a for a in range(3) if a != axis]
+    rows, columns, layers = (np.arange(size[a])[:: -1 if a in flip else 1] for a in [*plane, axis])
+    turn = matrix[np.ix_(plane, plane)]
+    y, x = (m[0] * rows[:, None] + m[1] * columns + o for m, o in zip(turn, offset[plane]))
+    z = matrix[axis, axis] * layers + offset[axis]
+    i, j, k = (np.floor(v + 0.5).astype(int) for v in (y, x, z))
+    label = label.transpose(*plane, axis)[i, j][:, :, k]
+    last = extent[plane] - 1
+    grid = np.stack([2 * x / last[1] - 1, 2 * y / last[0] - 1], axis=-1)[None]  # -1 to 1
+    image = torch.from_numpy(image).float().permute(0, 1 + axis, *(1 + a for a in plane))
+    grid = torch.from_numpy(grid).float().expand(2, -1, -1, -1)
+    image = F.grid_sample(image, grid, align_corners=True)  # (2, extent[axis], rows, columns)
+    k, w = np.floor(z).astype(int), torch.from_numpy(z - np.floor(z)).float()[:, None, None]
+    image = torch.lerp(image[:, k], image[:, k + 1], w).movedim(1, 1 + axis)
+    return image.contiguous().numpy(), np.ascontiguousarray(np.moveaxis(label, 2, axis))
 
 
 # ------------------------------------------------------------------------------------ the data set

@@ -426,7 +426,7 @@ def test_v4_needs_both_modalities_to_segment():
     x = torch.randn(1, 2, 32, 32, 32)
     model = MirrorUNet("v4", channels=TINY)
     assert torch.equal(model.segment(x).seg, model(x).seg)
-    with pytest.raises(ValueError, match="petct v4 reads both modalities"):
+    with pytest.raises(ValueError, match=r"expected \(B, 2, D, H, W\)"):
         model.segment(x[:, 1:])
 
 
