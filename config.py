@@ -272,7 +272,7 @@ LAPTOP: dict[str, typing.Any] = dict(
 )
 PRESETS: dict[str, dict[str, typing.Any]] = {
     "phantom": LAPTOP | dict(
-        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), batch=4, steps=700, flip_axes=(0,),
+        spacing=(6.0, 6.0, 6.0), patch=(48, 48, 64), batch=4, steps=700, lr=2e-3, flip_axes=(0,),
         validations=3,
     ),
     "petct": LAPTOP | dict(

@@ -107,6 +107,7 @@ def test_a_config_knows_the_networks_tasks(name):
 
 
 @pytest.mark.parametrize("task,name,options", SOME)
+@pytest.mark.slow
 def test_five_steps_lower_the_loss_and_reach_every_parameter(task, name, options):
     net, batch = tiny(name, task, **options), cube_batch(task)
     loss = SystemLoss(preset=task, tasks=net.tasks)
@@ -144,6 +145,7 @@ def make_config(studies, out, task, name, options, *more) -> config.Config:
 
 
 @pytest.mark.parametrize("task,name,options", SOME)
+@pytest.mark.slow
 def test_training_a_checkpoint_resuming_and_predicting(studies, tmp_path, task, name, options):
     """train.py's steps, a checkpoint as predict.py reads it, a resumed run, a file predicted."""
     c = make_config(studies, tmp_path / "run", task, name, options)

@@ -258,6 +258,7 @@ if __name__ == "__main__":  # not again in the processes that compile
 """
 
 
+@pytest.mark.slow
 def test_representative_kernels_stay_within_the_budget(tmp_path):
     """As if Triton's interpreter failed: launches are not counted, all else is reported."""
     script = tmp_path / "quick.py"
@@ -364,6 +365,7 @@ print(len(graphs))
 """
 
 
+@pytest.mark.slow
 def test_the_compiled_rows_are_compiled_for_every_shape():
     """Ten shapes in two layouts, each compiled with and without gradients."""
     done = python("-c", COMPILED)
@@ -421,6 +423,7 @@ def test_the_arithmetic_of_a_system_is_that_of_its_convolutions(plain, name, whi
 
 
 # -------------------------------------------------------------------------------------- make gpu
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry_and_repeats_nothing(tmp_path):
     """Without a GPU: kernels against float64, a step of each mode; a second call adds no row."""
     command = ["gpu.py", "--dry", "--parts", "step", "predict", "--out", str(tmp_path)]

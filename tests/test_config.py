@@ -456,6 +456,7 @@ def test_the_config_of_an_old_run_is_read():
         assert (list(found) if isinstance(found, tuple) else found) == value, name
 
 
+@pytest.mark.slow
 def test_an_old_run_can_be_loaded_and_resumed(one_thread, tmp_path, monkeypatch):
     """A run of one step, whose config is then replaced by the old one of two steps."""
     monkeypatch.setattr(train.Run, "report", lambda *_: None)  # pictures take time

@@ -647,6 +647,7 @@ def test_independent_labels_other_than_0_and_1_are_noticed(path, label):
 
 
 @combinations(("ncdhw",), path=PATHS, layout=LAYOUTS)
+@pytest.mark.slow
 def test_sigmoid_gradcheck_and_opcheck(path, layout):
     logits, target = independent_labels(2, 255, shape=(2, 3, 2), dtype=torch.float64, layout=layout)
     logits.requires_grad_()
@@ -685,6 +686,7 @@ def test_gradcheck(path, classes, layout, options):
 
 
 @combinations(("ncdhw-True",), path=PATHS, layout=LAYOUTS, batch=(True, False))
+@pytest.mark.slow
 def test_opcheck(path, layout, batch):
     fused = path is dice_ce_triton
     logits, target = inputs(2, (3, 4, 5), layout=layout)

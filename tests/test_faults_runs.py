@@ -32,7 +32,7 @@ import train
 from files import Stopped, UserError, run_program
 from train import Run, main
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "no_pictures")]
 TINY = (
     "--data petct --model v1 --folds 2 --spacing 20 20 20 --patch 32 32 32 --channels 1 1 2 2 2 "
     "--batch 1 --overlap 0 --no-flips --steps 2 --validations 1"

@@ -83,6 +83,7 @@ _backward 96 g x dx stats ? w b s
 
 
 @needs_gcc
+@slow
 def test_every_launch_gets_the_tensors_of_its_own_call():
     done = python("-c", OBSERVED)
     assert done.returncode == 0, done.stderr
@@ -109,6 +110,7 @@ def test_the_table_of_host_times_shows_few_launches_and_no_more_time_than_pytorc
     assert times["norm_act again"] < times["norm_act forward"] < 20 * times["x.add(1), 64 numbers"]
 
 
+@slow
 def test_without_gcc_it_says_so():
     done = python("host.py", PATH="")
     assert done.returncode == 2

@@ -57,6 +57,7 @@ def expected(model, volumes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("codes", CODES)
+@pytest.mark.slow
 def test_the_48_orientations(model, volumes, expected, tmp_path, codes):
     images = []
     for array in volumes[:2]:

@@ -70,6 +70,7 @@ print(kernels._on_triton(x))
 """
 
 
+@pytest.mark.slow
 def test_without_gpu_and_interpreter_plain_runs_and_triton_is_an_error_with_a_clear_message():
     done = python(WITHOUT_GPU, CUDA_VISIBLE_DEVICES="", MIRROR_UNET_KERNELS="triton")
     assert done.returncode == 0, done.stderr
@@ -99,6 +100,7 @@ except ValueError as e:
 """
 
 
+@pytest.mark.slow
 def test_everything_except_the_kernels_works_without_triton():
     done = python(WITHOUT_TRITON)
     assert done.returncode == 0, done.stderr
@@ -121,6 +123,7 @@ voxel_shuffle(x, torch.zeros(2, 1, 3, dtype=torch.long), 4, seed=0).sum().backwa
 
 
 @pytest.mark.parametrize("without_triton", [False, True])
+@pytest.mark.slow
 def test_each_file_works_when_it_is_copied(tmp_path, without_triton):
     names = ("dice_ce", "norm_act", "voxel_shuffle")
     for name in names:
@@ -230,6 +233,7 @@ VERSIONS = ["small", *(pytest.param(version, marks=slow) for version in ("v3", "
 
 @pytest.mark.parametrize("path", ["plain", "triton"])
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.slow
 def test_a_training_step_compiles_to_one_graph(use, exact_convolutions, version, path):
     """fullgraph=True makes a graph break an error; loss and gradients stay the same."""
     use(path)

@@ -15,7 +15,7 @@ import files
 import predict
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread", "nothing_said")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "nothing_said")]
 TINY = "--spacing 8 8 8 --patch 32 32 32 --channels 2 3 4 5 6 --batch 1 --folds 2 --steps 2"
 TINY += " --validations 1 --no-flips --overlap 0"
 LAS = make_affine("LAS", (8, 8, 8))

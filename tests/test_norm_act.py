@@ -557,6 +557,7 @@ OPTIONS = [  # layout, affine, slopes, residual
 
 
 @pytest.mark.parametrize("layout,affine,slopes,residual", OPTIONS)
+@pytest.mark.slow
 def test_opcheck(layout, affine, slopes, residual):
     args = make_arguments((2, 2, 3, 4, 5), slopes, torch.float32, layout, affine, residual)
     x, weight, bias, slope, residual = args

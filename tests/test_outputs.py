@@ -64,6 +64,7 @@ def link(kind: str, target: Path, path: Path) -> None:
 @pytest.mark.parametrize("kind", ["symlink", "hard link"])
 @pytest.mark.parametrize("name", ["SUV", "CTres", "SEG", "w.pt"])
 @pytest.mark.parametrize("output", ["P1.nii.gz", "metrics.csv", "lesions.csv", "overview.png"])
+@pytest.mark.slow
 def test_no_output_of_a_folder_is_an_input(studies, weights, kind, name, output):
     """The PET, a CT that no network reads, the truth, the checkpoint; also through links."""
     target = weights if name == "w.pt" else studies / "P2" / f"{name}.nii.gz"

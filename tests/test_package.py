@@ -53,6 +53,7 @@ def run_example(path: Path, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_package_works_from_another_folder_and_takes_no_bare_names(tmp_path):
     write_package(tmp_path / "site" / PACKAGE)
     assert "bare names: []" in run_example(tmp_path / "site", tmp_path)

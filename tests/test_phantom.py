@@ -72,6 +72,7 @@ def test_a_study_with_or_without_tumor_can_be_asked_for(has_tumor):
     assert study.seg.any() == has_tumor
 
 
+@pytest.mark.slow
 def test_no_suv_threshold_finds_the_tumors(studies):
     # 16 studies, since the best threshold for a handful of patients looks too good
     more = [phantom.petct_study(index) for index in range(8, 16)]

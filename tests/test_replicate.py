@@ -272,6 +272,7 @@ def fake(tmp_path, monkeypatch):
 FOUR = ["v1 0", "v2 0", "v3 0", "v4 0"]  # claim 1 on the first fold of the stand-in for PET/CT
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_never_repeated(fake, capsys):
     assert fake() == FOUR
     assert "[4/4] demo, v" in capsys.readouterr().out
@@ -286,6 +287,7 @@ def test_a_finished_run_is_never_repeated(fake, capsys):
     assert "## Study" in Path("results/demo.md").read_text() and Path("results/demo.png").exists()
 
 
+@pytest.mark.slow
 def test_other_options_make_another_run_and_those_of_the_machine_do_not(fake):
     assert fake() == FOUR
     assert fake("--", "--lr", "0.5") == FOUR

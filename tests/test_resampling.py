@@ -97,6 +97,7 @@ def test_inside_the_grid_a_map_is_interpolated_linearly(tmp_path):
     np.testing.assert_allclose(to_original(prob, grid, like)[:, 0, 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_true_tumor_of_real_studies_is_out_of_reach(real_petct):
     for folder in sorted(real_petct.glob("*/")):
         case = Case(folder.name, folder.name, (None, folder / "SUV.nii.gz"), None)

@@ -210,6 +210,7 @@ def test_a_full_disk_gives_a_clear_message_and_costs_no_checkpoint(studies, tmp_
 
 
 @pytest.mark.parametrize("written", ["cache", "mask"])
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_partial_file(studies, tmp_path, written):
     root, args = studies
     if written == "cache":
@@ -530,6 +531,7 @@ def test_prediction_refuses_a_model_of_a_later_version(studies, tmp_path, capsys
     assert "does not fit the network it names (v9)" in error_of(predict.main, args, capsys)
 
 
+@pytest.mark.slow
 def test_resuming_refuses_another_model(studies, tmp_path, capsys):
     _, args = studies
     folder = tmp_path / "r"
@@ -541,6 +543,7 @@ def test_resuming_refuses_another_model(studies, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_patch_larger_than_the_volume_is_padded(studies, tmp_path):
     _, args = studies
     out = tmp_path / "r"

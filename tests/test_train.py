@@ -117,9 +117,9 @@ def test_schedules_by_hand():
     "options",
     [
         "",
-        "--optimizer sgd --lr 0.01",
+        slow("--optimizer sgd --lr 0.01"),
         "--norm batch",
-        "--amp bf16 --patch 48 16 16",
+        slow("--amp bf16 --patch 48 16 16"),
         slow("--no-channels-last"),
     ],
 )
@@ -162,6 +162,7 @@ def test_the_moving_average_counts_each_weight_once(arguments):
     assert len(set(addresses)) == len(addresses)
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_a_run_and_its_schedule(arguments, monkeypatch):
     monkeypatch.setattr(Run, "report", lambda *_: None)  # pictures take time
     run = make_run([*arguments, "--model", "v1", "--steps", "100000", "--minutes", "0.02"])
@@ -180,7 +181,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(arguments):
 
 
 # --------------------------------------------------------------------------------------- the folder
-@pytest.mark.parametrize("model", ["v3", "v4", *map(slow, ("v1", "v2"))])
+@pytest.mark.parametrize("model", ["v3", *map(slow, ("v1", "v2", "v4"))])
 def test_a_run_leaves_everything_in_its_folder(arguments, tmp_path, model):
     main([*arguments, "--model", model, "--steps", "4"])
     folder = tmp_path / "run"
@@ -285,6 +286,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(arguments, monkeypatch):
     assert [path.name for path in run.folder.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     options = ["--patch", "40", "32", "32"]
     command = [sys.executable, str(ROOT / "train.py"), *options]

@@ -8,7 +8,7 @@ from conftest import ROOT
 REASON = "the packages of the notebooks are not installed: pip install '.[dev]'"
 nbformat = pytest.importorskip("nbformat", reason=REASON)
 jupytext = pytest.importorskip("jupytext", reason=REASON)
-sys.path.append(str(ROOT / "tutorials"))
+sys.path.insert(0, str(ROOT / "tutorials"))  # before tests/faults, which has a run.py, too
 
 SOURCES = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

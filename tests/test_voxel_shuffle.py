@@ -204,6 +204,7 @@ def test_every_dtype_is_moved_exactly(path, dtype):
 
 
 @pytest.mark.parametrize("size,seed", [(3, -1), (8, torch.tensor([3, -7]))])
+@pytest.mark.slow
 def test_triton_gives_the_bits_of_the_reference_for_examples_of_keys_and_sizes(size, seed):
     check_keys(voxel_shuffle_triton, size, seed)
 
@@ -243,6 +244,7 @@ def test_without_cubes_x_is_copied_and_without_samples_nothing_happens(path):
         pytest.param(voxel_shuffle_triton, torch.contiguous_format, marks=slow),
     ],
 )
+@pytest.mark.slow
 def test_the_gradient_is_the_inverse_shuffle(path, layout):
     x = torch.randn(2, 2, 9, 8, 7, device=DEVICE).contiguous(memory_format=layout)
     x.requires_grad_()
@@ -288,6 +290,7 @@ def test_opcheck(triton, layout, inverse):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.slow
 def test_it_compiles_without_a_graph_break_and_not_again_for_every_seed(path):
     graphs = []
 
@@ -356,6 +359,7 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_the_host_does_not_work_longer_for_more_cubes(monkeypatch):
     module = sys.modules["kernels.voxel_shuffle"]
     monkeypatch.setattr(module, "_key", None)  # keys are made by the kernel
