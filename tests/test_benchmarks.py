@@ -19,6 +19,7 @@ tl = pytest.importorskip("triton.language")
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="the meter counts in the interpreter")
 slow = pytest.mark.slow
+pytestmark = slow
 
 
 @pytest.fixture

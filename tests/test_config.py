@@ -270,7 +270,7 @@ def test_options_are_grouped_in_the_order_of_the_fields():
 
 def test_help_shows_the_values_of_the_laptop_presets():
     helps = {action.dest: action.help for action in reversed(build_parser("")._actions)}
-    assert helps["lr"].endswith("(phantom 0.004, petct 0.001, brain 0.001)")
+    assert helps["lr"].endswith("(phantom 0.002, petct 0.001, brain 0.001)")
     assert helps["steps"].endswith("(phantom 700, petct 100000, brain 100000)")
     assert helps["fold"].endswith("(0)")
     assert helps["root"].endswith("the phantoms need none")  # no default to show

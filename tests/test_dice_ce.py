@@ -197,6 +197,7 @@ def test_odd_sizes_any_number_of_axes_and_one_sample(path, classes, shape):
 
 
 @combinations(("2-ncdhw", "3-channels_last"), path=TRITON, classes=(2, 3, 4), layout=LAYOUTS)
+@pytest.mark.slow
 def test_sums_of_many_programs_and_many_tiles(path, classes, layout, monkeypatch):
     """Tiles of at most 128 voxels: each sample has 3 programs of several tiles; the last tile is
     incomplete."""

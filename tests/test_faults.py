@@ -77,6 +77,7 @@ FINDINGS = {  # what a use does: what the harness must say
 
 
 @pytest.mark.parametrize("use", FINDINGS)
+@pytest.mark.slow
 def test_the_harness_finds(use, monkeypatch):
     monkeypatch.setattr(judge, "SECONDS", 1)
     monkeypatch.setattr(inputs.KINDS["csv"], "use", use)

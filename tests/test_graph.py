@@ -21,6 +21,7 @@ from mirror_unet import TASKS
 dice_ce_file = importlib.import_module("kernels.dice_ce")
 norm_act_file = importlib.import_module("kernels.norm_act")
 slow = pytest.mark.slow
+pytestmark = slow
 
 
 # ----------------------------------------------------------------------------- rules of a recording

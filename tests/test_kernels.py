@@ -206,6 +206,7 @@ def exact_convolutions():
 
 
 @pytest.mark.parametrize("version,size", [("small", 16), pytest.param("v3", 32, marks=slow)])
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_kernels(use, exact_convolutions, version, size):
     losses, grads = {}, {}
     for path in ("plain", "triton"):

@@ -71,8 +71,8 @@ def noise(seed, shape):
 @pytest.mark.parametrize(
     "name",
     [
-        "v1_L456", "v3_L5", "v4_L5", "brats_v2_L5",
-        *map(slow, ("v1_L3", "v1_L4", "v1_L5", "v1_L6", "v2_L5")),
+        "v1_L456", "v3_L5",
+        *map(slow, ("v4_L5", "brats_v2_L5", "v1_L3", "v1_L4", "v1_L5", "v1_L6", "v2_L5")),
     ],
 )  # fmt: skip
 def test_outputs_and_gradients_equal_the_release(golden, two_threads, name, monkeypatch):
@@ -166,8 +166,8 @@ def configurations():
     for preset, version in NETWORKS:
         for share in SHARES:
             case = preset, version, share, True
-            yield case if share == (4, 5, 6) else slow(*case)
-        yield preset, version, ALL_SHARED, False
+            yield case if share == (4, 5, 6) and version == "v3" else slow(*case)
+        yield slow(preset, version, ALL_SHARED, False)
 
 
 @pytest.mark.parametrize("preset,version,share,finest_first", list(configurations()))
@@ -189,6 +189,7 @@ def test_from_official_reads_every_configuration(preset, version, share, finest_
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_from_official_names_what_does_not_match():
     state = official_state(MirrorUNet("v2", (5,), TINY, norm="batch"))
     with pytest.raises(ValueError, match="surplus"):
@@ -208,6 +209,7 @@ def test_from_official_refuses_weights_that_fit_two_share_sets():
         from_official(official_state(equal_widths))
 
 
+@pytest.mark.slow
 def test_from_official_takes_the_weight_of_v4_from_its_argument_or_the_file():
     state = official_state(MirrorUNet("v4", (5,), TINY, norm="batch"))
     assert from_official(state)[0].ct_weight.item() == pytest.approx(0.1)

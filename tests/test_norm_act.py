@@ -157,6 +157,7 @@ def test_all_options(f, layout, slopes, affine, residual):
     ],
 )
 @pytest.mark.parametrize("f", TRITON)
+@pytest.mark.slow
 def test_options_on_triton(f, layout, slopes, affine, residual):
     check(f, make_arguments(slopes=slopes, layout=layout, affine=affine, residual=residual))
 
@@ -267,6 +268,7 @@ def test_all_views(f, view, where):
     ],
 )
 @pytest.mark.parametrize("f", TRITON)
+@pytest.mark.slow
 def test_views_on_triton(f, view, where):
     check_view(f, view, where)
 
@@ -586,6 +588,7 @@ def test_opcheck(layout, affine, slopes, residual):
     ],
 )
 @pytest.mark.parametrize("f", PATHS)
+@pytest.mark.slow
 def test_it_compiles_without_a_graph_break(f, backend, layout):
     args = make_arguments((1, 4, 4, 4, 4), layout=layout)
     grad_output = torch.randn_like(args[0])

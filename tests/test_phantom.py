@@ -28,6 +28,7 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("make", [phantom.petct_study, phantom.brain_study])
+@pytest.mark.slow
 def test_a_study_is_a_function_of_seed_and_index(make):
     study = make(3, seed=1)
     assert equal(study, make(3, seed=1))
@@ -53,6 +54,7 @@ def test_petct_arrays_and_units(studies):
         assert (s.ct[s.seg > 0] > -50).sum() >= 0.8 * s.seg.sum()
 
 
+@pytest.mark.slow
 def test_a_third_of_the_patients_has_no_tumor():
     has_tumor = {}
     for index in range(24):

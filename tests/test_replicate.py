@@ -309,6 +309,7 @@ def test_the_row_of_a_run(fake):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_first_time_estimate_knows_the_networks_of_full_resolution(fake, capsys):
     fake("--claims", "5", "--only", "v1", "v2", "nnunet", "--folds", "0", "1")
     assert "about 40 min at 5 minutes" in capsys.readouterr().out  # (4 x 5 + 2 x 30) / 2
@@ -316,6 +317,7 @@ def test_the_first_time_estimate_knows_the_networks_of_full_resolution(fake, cap
     assert "about 30 min at 5 minutes" in capsys.readouterr().out  # the longest run
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_stops_no_other(fake):
     Path("fail v2").touch()
     with pytest.raises(SystemExit) as error:
@@ -352,6 +354,7 @@ def test_an_interrupt_lets_the_runs_save_and_says_how_to_resume(fake, number, mo
     assert fake() == FOUR
 
 
+@pytest.mark.slow
 def test_rows_have_one_order_whichever_run_ended_first(fake):
     fake("--folds", "1", "--only", "v3")
     fake("--folds", "0", "1")

@@ -325,6 +325,7 @@ def test_the_parts_of_all_processes_are_gathered_in_order(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.slow
 def test_the_number_of_loader_processes_does_not_change_the_batches(studies, tmp_path, workers):
     _, args = studies
     runs = []

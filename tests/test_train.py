@@ -118,7 +118,7 @@ def test_schedules_by_hand():
     [
         "",
         slow("--optimizer sgd --lr 0.01"),
-        "--norm batch",
+        slow("--norm batch"),
         slow("--amp bf16 --patch 48 16 16"),
         slow("--no-channels-last"),
     ],

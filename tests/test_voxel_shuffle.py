@@ -183,6 +183,7 @@ def test_all_views_give_the_bits_of_the_reference(path, view, inverse):
 
 
 @pytest.mark.parametrize("view,inverse", QUICK_VIEWS)
+@pytest.mark.slow
 def test_triton_gives_the_bits_of_the_reference(view, inverse):
     check_view(voxel_shuffle_triton, view, inverse)
 
@@ -193,6 +194,7 @@ DTYPES = [torch.float64, torch.float16, torch.int16, torch.uint8]
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", QUICK_DTYPES + [pytest.param(t, marks=slow) for t in DTYPES])
+@pytest.mark.slow
 def test_every_dtype_is_moved_exactly(path, dtype):
     x = (torch.randn(2, 1, 9, 8, 7, device=DEVICE) * 50).to(dtype)
     if dtype.is_floating_point:
