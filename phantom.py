@@ -32,7 +32,7 @@ import numpy as np
 from numpy.random import default_rng
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from files import UserError, atomic_write
+from files import UserError, atomic_write, clean_parts
 
 TISSUES = {  # HU, SUV from, SUV to, share of the studies that show it, SUV in the others
     "air": (-1000, 0, 0, 1, 0), "fat": (-100, .25, .4, 1, 0),
@@ -585,6 +585,8 @@ def _store(paths: list[Path], make, index: int, seed: int, spacing, extra: str =
     text = f"{text}, {extra}".removesuffix(", ")[:80]  # the header has room for 80
     if all([_is_made(path, text) for path in paths]):
         return
+    for folder in {path.parent for path in paths}:
+        clean_parts(folder)  # of processes that were killed
     study = make(index, seed, spacing)
     arrays = study[0].astype(np.int16), *study[1:]
     for path, array in zip(paths, arrays):

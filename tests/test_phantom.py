@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import files
 import phantom
 from files import UserError
 
@@ -227,3 +228,16 @@ def test_harder_studies_have_a_folder_and_a_header_that_tell_them_apart(tmp_path
     assert (folder / "SUV.nii.gz").read_bytes() == before
     with pytest.raises(UserError, match="uptake 3, noise 2.5, breathing 12', not 'phantom 1"):
         phantom.write_petct(tmp_path, 1, spacing=SMALL)
+
+
+def test_what_a_killed_process_left_in_a_study_is_removed(tmp_path):
+    (study,) = phantom.write_petct(tmp_path, 1, spacing=(20.0, 20.0, 20.0))
+    with pytest.raises(KeyboardInterrupt):
+        with files.atomic_write(study / "SUV.nii.gz") as part:
+            part.write_bytes(b"half")
+            left = part.rename(part.with_name(part.name.replace(str(os.getpid()), str(2**22 + 1))))
+            raise KeyboardInterrupt
+    (study / "SUV.nii.gz").unlink()
+    phantom.write_petct(tmp_path, 1, spacing=(20.0, 20.0, 20.0))
+    assert not left.exists()
+    assert {p.name for p in study.iterdir()} == {"CTres.nii.gz", "SUV.nii.gz", "SEG.nii.gz"}
