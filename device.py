@@ -50,3 +50,9 @@ def use_kernels(choice: str) -> None:
         kernels.use(choice)
     except ValueError as e:
         raise UserError(f"--kernels {choice}: {e}") from None
+
+
+def autocast(device: str, amp: str) -> torch.autocast:
+    """The context of `--amp off | bf16 | fp16`."""
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)

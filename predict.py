@@ -34,7 +34,7 @@ import figures
 import files
 from config import FIELDS, Config, check_value
 from data import check_grid, load_images
-from device import use_kernels
+from device import autocast, use_kernels
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth
 from files import UserError, overlap, read_header, read_nifti, run_program, same_grid, save_nifti
 from graph import Graph
@@ -70,7 +70,8 @@ def gaussian_window(size, sigma: float = 0.125) -> Tensor:
 
 @torch.no_grad()
 def sliding_window(
-    image: Tensor, predict: Callable[[Tensor], Tensor], size, overlap=0.5, batch=2, title=None
+    image: Tensor, predict: Callable[[Tensor], Tensor], size, overlap=0.5, batch=2, title=None,
+    air: float | None = None,
 ) -> Tensor:
     """Gaussian-weighted mean of `predict` over overlapping windows.
 
@@ -79,6 +80,7 @@ def sliding_window(
         predict: (N, C, *size) -> (N, K, *size), called with at most `batch` windows at a time.
         size: of the window, three numbers. overlap: share of a side that neighbors have in common.
         title: of a progress bar; None for no bar.
+        air: where no voxel of the last channel is above it, the answer is 0, without `predict`.
 
     Returns (K, D, H, W), float32, on the image's device.
     """
@@ -91,6 +93,10 @@ def sliding_window(
     starts = window_starts(image.shape[1:], size, overlap)
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
     weights, total = image.new_zeros(image.shape[1:]), image.new_zeros(())
+    for place in places:
+        weights[place] += weight
+    if air is not None:  # the first one at least, which tells K
+        places = [p for p in places if image[(-1, *p)].max() > air] or places[:1]
     batches = range(0, len(places), batch)
     for i in tqdm(batches, desc=title, unit="batch", leave=False, disable=title is None):
         some = places[i : i + batch]
@@ -100,7 +106,6 @@ def sliding_window(
             total = image.new_zeros(out.shape[1], *image.shape[1:])
         for one, place in zip(out, some):
             total[(slice(None), *place)] += one * weight
-            weights[place] += weight
     inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
     return total.div_(weights)[(slice(None), *inner)]
 
@@ -138,15 +143,9 @@ def evaluating(model: torch.nn.Module):
         model.train(was_training)
 
 
-def autocast(device: str, amp: str) -> torch.autocast:
-    """The context of `--amp off | bf16 | fp16`."""
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
-
-
 def predict_image(
     model, image: Tensor, size, overlap=0.5, batch=2, flip_axes=(), amp="off", title=None,
-    graph=False,
+    graph=False, air=None,
 ) -> tuple[Tensor, float | None]:
     """Probability maps (K, D, H, W) of a preprocessed study, and the patient's score.
 
@@ -154,7 +153,7 @@ def predict_image(
 
     Args:
         image: (2, D, H, W), or PET alone (1, D, H, W) if the network needs no CT.
-        size, overlap, batch, title: as for `sliding_window`. amp: as for `autocast`.
+        size, overlap, batch, title, air: as for `sliding_window`. amp: as for `autocast`.
         flip_axes: average over the mirror images along all combinations of these axes (test-time
             augmentation); give only axes that training mirrored too.
         graph: replay the batches as a CUDA graph, see graph.py.
@@ -181,7 +180,7 @@ def predict_image(
         return mean
 
     with evaluating(model), autocast(image.device.type, amp):
-        prob = sliding_window(image, predict, size, overlap, batch, title)
+        prob = sliding_window(image, predict, size, overlap, batch, title, air)
     return prob, float(torch.cat(scores).max()) if scores else None
 
 
@@ -303,6 +302,7 @@ def check_study(case: Case, models: list[tuple]) -> tuple[Case, str]:
 def predict_study(
     models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False,
     min_lesion_ml: float = 0.0, tolerance: float = 2.0, reject_below: float = 0.0,
+    skip_air: float | None = None,
 ) -> Prediction:
     """Segment one study, write the mask on the input's grid, and score it if it has a truth.
 
@@ -314,11 +314,13 @@ def predict_study(
         out: the mask to write. probabilities: also write each target's map next to it.
         min_lesion_ml: smaller components are no lesions. tolerance: of the surface Dice, mm.
         reject_below: the mask is empty if the tumor score is lower; NaN, no score, is not.
+        skip_air: windows without a higher SUV are background, if the network says so of one.
     """
     c = models[0][1]
     used, problem = check_study(case, models)
     image, affine, _ = load_images(used, c.preprocessing)
-    prob, score = predict_ensemble(models, torch.from_numpy(image).to(device), case.name)
+    x = torch.from_numpy(image).to(device)
+    prob, score = predict_ensemble(models, x, case.name, skip_air)
     image = image[-1].astype(np.float16)  # is drawn, and takes less memory
     like = read_header(case.images[-1])
     like = like if like.ndim == 3 else like.slicer[..., 0]
@@ -349,15 +351,26 @@ def predict_study(
     return Prediction(rows, lesions, tile, problem)
 
 
-def predict_ensemble(models: list[tuple], x: Tensor, title: str) -> tuple[np.ndarray, float]:
+def predict_ensemble(
+    models: list[tuple], x: Tensor, title: str, skip_air: float | None = None
+) -> tuple[np.ndarray, float]:
     """Mean probabilities (K, D, H, W) and mean score of the patient (NaN without a classifier)."""
     prob, scores = torch.zeros((), device=x.device), []
     for model, c in models:
+        air = None
+        if skip_air is not None:
+            low, high = c.suv_window
+            air = min(1.0, max(0.0, (skip_air - low) / (high - low)))
+            empty = air * torch.rand(len(x), *c.patch, generator=torch.Generator().manual_seed(0))
+            answer, _ = predict_image(model, empty.to(x), c.patch)
+            if answer.max() >= c.threshold:
+                files.note(f"{title}: the network finds tumor in air: no window is skipped", "air")
+                air = None
         one, score = predict_image(
             model, x, c.patch, c.overlap, c.batch,
             flip_axes=c.flip_axes if c.flips else (),
             amp=c.amp if x.device.type == "cuda" else "off",
-            title=title, graph=c.graph,
+            title=title, graph=c.graph, air=air,
         )
         prob = one.div_(len(models)).add_(prob)
         scores += [] if score is None else [score]
@@ -398,6 +411,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--label-nonzero", action=yes_no, help="all of a truth but 0 is tumor (the run's)")
     add("--min-lesion-ml", type=float, default=0.0, help="leave out smaller lesions (0)")
     add("--reject-below", type=float, help="empty masks of studies with a lower tumor score (off)")
+    add("--skip-air", type=float, help="leave out windows without a higher SUV, 0.2 say (off)")
     add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--graph", action="store_true", help="on CUDA: replay batches of windows as a CUDA graph")
@@ -417,6 +431,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: give 0 or more")
     if a.reject_below is not None and not 0 <= a.reject_below <= 1:
         raise UserError(f"--reject-below {a.reject_below}: give a tumor score, 0 to 1")
+    if a.skip_air is not None and not 0 <= a.skip_air <= 1:
+        raise UserError(f"--skip-air {a.skip_air}: give an SUV from 0 to 1")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
         raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
@@ -482,7 +498,7 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
         try:
             found = predict_study(
                 models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm,
-                a.reject_below or 0.0,
+                a.reject_below or 0.0, a.skip_air,
             )
         except files.CannotWrite:
             raise
@@ -534,6 +550,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
     if a.reject_below is not None and not any("tumor" in d.network_tasks for _, d in models):
         raise UserError(f"{a.checkpoint[0]}: {c.model} has no tumor score for --reject-below")
+    if a.skip_air is not None and c.task == "brain":
+        raise UserError("--skip-air is an SUV: for PET/CT; leave it out")
     if len(models) > 1:
         print("mean of", ", ".join(f"{d.model} fold {d.fold}" for _, d in models), flush=True)
     cases = list_studies(a, c)

@@ -47,10 +47,11 @@ import patches
 import phantom
 import processes
 from config import ALL_FOLDS, SYSTEM, Config, as_argument, parse_config
+from device import autocast
 from files import Stopped, UserError, atomic_write, note, run_program, writing
 from graph import Graph, averaged, move_towards, read_later
 from parallel import say
-from predict import autocast, load_checkpoint, predict_image, reconstruct, to_masks
+from predict import load_checkpoint, predict_image, reconstruct, to_masks
 
 
 # ----------------------------------------------------------------------------------- data and model

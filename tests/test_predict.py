@@ -17,7 +17,7 @@ import data
 import phantom
 import predict
 import train
-from config import parse_config
+from config import Config, parse_config
 from data import Preprocessing
 from evaluate import evaluate_case, read_truth
 from files import read_header
@@ -97,6 +97,44 @@ def test_overlapping_windows_are_averaged_by_their_weights():
     both = (1 * first + 2 * second) / (first + second)
     expected = torch.cat([torch.ones(8), both, torch.full((8,), 2.0)])
     torch.testing.assert_close(out[0, :, 0, 0], expected)
+
+
+def test_windows_of_air_are_not_computed_and_count_as_background():
+    calls = []
+
+    def bright(x):
+        calls.append(len(x))
+        return (x[:, -1:] > 0.5).float()
+
+    image = torch.rand(2, 64, 16, 16) * 0.01
+    image[1, 40, 8, 8] = 1.0
+    expected = sliding_window(image, bright, (16, 16, 16), batch=2)
+    assert sum(calls) == 7
+    calls.clear()
+    found = sliding_window(image, bright, (16, 16, 16), batch=2, air=0.02)
+    assert torch.equal(found, expected) and sum(calls) == 2  # those that hold voxel 40
+    calls.clear()
+    assert not sliding_window(image[:, :32], bright, (16, 16, 16), air=0.02).any()
+    assert sum(calls) == 1
+
+
+class Loud(nn.Module):
+    """Takes everything for tumor: also air."""
+
+    tasks = reads = ()
+
+    def forward(self, x):
+        return MirrorOutput(seg=torch.stack([x[:, 0] * 0, x[:, 0] * 0 + 1], dim=1))
+
+
+@pytest.mark.parametrize("model,mean,said", [(None, 0.0, ""), (Loud(), 0.731, "tumor in air")])
+def test_air_is_skipped_only_if_the_network_finds_no_tumor_in_it(model, mean, said, capsys):
+    """The oracle's tumor is PET above 0.5; sigmoid(1) = 0.731."""
+    c = Config(patch=(16, 16, 16), suv_window=(0.0, 5.0), flips=False)
+    image = torch.rand(2, 32, 16, 16) * 0.03  # SUV below 0.15
+    prob, _ = predict.predict_ensemble([(model or Oracle(0.5), c)], image, "P", skip_air=0.2)
+    assert prob.mean() == pytest.approx(mean, abs=1e-3)
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,7 @@ def count_kills(count: int, faults: int, seed: int, table: dict, findings: list[
         for name in sorted(rng.sample(names, min(faults, len(names))), key=names.index):
             jobs.append(("faults", name, kills.FAULTS[name]))
 
-        def do(job) -> tuple[str, str]:
-            at = folder / str(jobs.index(job))
+        def do(at: Path, job: tuple) -> tuple[str, str]:
 
             def call() -> str:
                 if callable(job[2]):
@@ -77,7 +76,8 @@ def count_kills(count: int, faults: int, seed: int, table: dict, findings: list[
             return found
 
         with ThreadPoolExecutor(2) as pool:
-            for (kind, name, _), (outcome, detail) in zip(jobs, pool.map(do, jobs)):
+            places = [folder / str(n) for n in range(len(jobs))]
+            for (kind, name, _), (outcome, detail) in zip(jobs, pool.map(do, places, jobs)):
                 table.setdefault(kind, []).append(outcome)
                 if judge.OUTCOMES.index(outcome) >= 2:
                     findings.append(f"{kind}, {name}: {outcome}: {detail}")
