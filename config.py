@@ -2,8 +2,7 @@
 
 One `Config` serves training, prediction and checkpoints. Each option is a field with its default,
 its help text and its allowed values; the command line, the checks and the reading of other people's
-files all use these. The presets below are bundles of options: the laptop-sized ones are the default
-of each --data, "autopet" and "brats" are the paper's recipes.
+files all use these. A preset is a bundle of options; each --data has a laptop-sized one by default.
 """
 
 import contextlib
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 import baselines
+import options
 from data import Preprocessing
 from device import choose_device
 from files import UserError, writing
@@ -25,8 +25,6 @@ from mirror_unet import TASKS, MirrorUNet
 from options import Parser, add_option, as_argument, check_value, choice, number, option, show
 from patches import Augmentation
 from phantom import Harder
-
-ALL_FOLDS = -1  # as a value of --fold
 
 # Publications that come with their own optimizer: it is the default of their networks.
 OPTIMIZERS: dict[str, dict[str, typing.Any]] = {
@@ -333,14 +331,9 @@ def build_parser(description: str) -> Parser:
     for f in FIELDS.values():
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
-        kind = fold_or_all if f.name == "fold" else None
+        kind = options.fold_or_all if f.name == "fold" else None
         add_option(group, f, f.metadata["help"] + defaults_of(f), kind)
     return parser
-
-
-def fold_or_all(word: str) -> int:
-    """A value of --fold."""
-    return ALL_FOLDS if word == "all" else int(word)
 
 
 def defaults_of(f: dataclasses.Field) -> str:

@@ -1,6 +1,7 @@
 """What this machine can run: the device and kernels of a run; bugs of PyTorch to stay clear of."""
 
 import os
+import re
 import warnings
 from typing import Any
 
@@ -42,6 +43,16 @@ def choose_device(c: Any) -> None:
         # (2, *, *) voxels reads memory that was never written.
         problem = "a first side of 32 meets a bug of PyTorch's convolution"
         raise UserError(f"--amp bf16 on a CPU: {problem}; use another --patch")
+
+
+def check_device(device: str, graph: bool) -> None:
+    """Refuse a --device of predict.py that this machine lacks, or --graph without a GPU."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: use cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
+    if graph and device == "cpu":
+        raise UserError("--graph: CUDA graphs need --device cuda; leave it out")
 
 
 def use_kernels(choice: str) -> None:

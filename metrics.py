@@ -168,8 +168,7 @@ def _peak(suv, labels, number: int, box: tuple[slice, ...], spacing: np.ndarray)
 
     # Block by block, the brightest first, until none left has a voxel above the peak.
     blocks = []
-    edges = [range(s.start, s.stop, PEAK_BLOCK) for s in box]
-    for corner in product(*edges):
+    for corner in product(*(range(s.start, s.stop, PEAK_BLOCK) for s in box)):
         block = tuple(slice(i, min(i + PEAK_BLOCK, s.stop)) for i, s in zip(corner, box))
         if (labels[block] == number).any():
             outer = tuple(slice(max(0, s.start - n), s.stop + n) for s, n in zip(block, reach))

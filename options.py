@@ -96,6 +96,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+ALL_FOLDS = -1  # as a value of --fold
+
+
+def fold_or_all(word: str) -> int:
+    """A value of --fold."""
+    return ALL_FOLDS if word == "all" else int(word)
+
+
 def add_option(group, f: dataclasses.Field, help: str, kind=None) -> None:
     """Add a field to an argparse group. kind: what makes its value of a word, if not its type."""
     more: dict[str, typing.Any] = dict(default=argparse.SUPPRESS, dest=f.name)

@@ -5,9 +5,8 @@
     python predict.py --checkpoint RUN/best.pt --root DIR --out DIR     (all studies; scores)
 
 Windows overlap by half. Each is weighted by a Gaussian, so that a voxel depends most on the windows
-it is central in, and the probabilities (not the logits) are averaged. Memory holds one map per
-target and the sum of the weights. No more is computed than the targets need: v1-v3 run the PET
-branch alone, and need no CT.
+it is central in, and the probabilities (not the logits) are averaged. No more is computed than the
+targets need: v1-v3 run the PET branch alone, and need no CT.
 """
 
 import argparse
@@ -34,7 +33,7 @@ import figures
 import files
 from config import FIELDS, Config, check_value
 from data import check_grid, load_images
-from device import autocast, use_kernels
+from device import autocast, check_device, use_kernels
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth
 from files import UserError, overlap, read_header, read_nifti, run_program, same_grid, save_nifti
 from graph import Graph
@@ -80,7 +79,7 @@ def sliding_window(
         predict: (N, C, *size) -> (N, K, *size), called with at most `batch` windows at a time.
         size: of the window, three numbers. overlap: share of a side that neighbors have in common.
         title: of a progress bar; None for no bar.
-        air: where no voxel of the last channel is above it, the answer is 0, without `predict`.
+        air: windows without a voxel above it, in the last channel, all get the answer of one.
 
     Returns (K, D, H, W), float32, on the image's device.
     """
@@ -93,10 +92,9 @@ def sliding_window(
     starts = window_starts(image.shape[1:], size, overlap)
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
     weights, total = image.new_zeros(image.shape[1:]), image.new_zeros(())
-    for place in places:
-        weights[place] += weight
-    if air is not None:  # the first one at least, which tells K
-        places = [p for p in places if image[(-1, *p)].max() > air] or places[:1]
+    is_dark = [air is not None and bool(image[(-1, *p)].max() <= air) for p in places]
+    dark = [p for p, d in zip(places, is_dark) if d]
+    places = [p for p, d in zip(places, is_dark) if not d] + dark[:1]
     batches = range(0, len(places), batch)
     for i in tqdm(batches, desc=title, unit="batch", leave=False, disable=title is None):
         some = places[i : i + batch]
@@ -106,6 +104,10 @@ def sliding_window(
             total = image.new_zeros(out.shape[1], *image.shape[1:])
         for one, place in zip(out, some):
             total[(slice(None), *place)] += one * weight
+            weights[place] += weight
+    for place in dark[1:]:
+        total[(slice(None), *place)] += one * weight  # type: ignore  # the last one's answer
+        weights[place] += weight
     inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
     return total.div_(weights)[(slice(None), *inner)]
 
@@ -314,13 +316,12 @@ def predict_study(
         out: the mask to write. probabilities: also write each target's map next to it.
         min_lesion_ml: smaller components are no lesions. tolerance: of the surface Dice, mm.
         reject_below: the mask is empty if the tumor score is lower; NaN, no score, is not.
-        skip_air: windows without a higher SUV are background, if the network says so of one.
+        skip_air: windows without a higher SUV all get the network's answer to one of them.
     """
     c = models[0][1]
     used, problem = check_study(case, models)
     image, affine, _ = load_images(used, c.preprocessing)
-    x = torch.from_numpy(image).to(device)
-    prob, score = predict_ensemble(models, x, case.name, skip_air)
+    prob, score = predict_ensemble(models, torch.from_numpy(image).to(device), case.name, skip_air)
     image = image[-1].astype(np.float16)  # is drawn, and takes less memory
     like = read_header(case.images[-1])
     like = like if like.ndim == 3 else like.slicer[..., 0]
@@ -351,21 +352,12 @@ def predict_study(
     return Prediction(rows, lesions, tile, problem)
 
 
-def predict_ensemble(
-    models: list[tuple], x: Tensor, title: str, skip_air: float | None = None
-) -> tuple[np.ndarray, float]:
+def predict_ensemble(models, x: Tensor, title: str, skip_air=None) -> tuple[np.ndarray, float]:
     """Mean probabilities (K, D, H, W) and mean score of the patient (NaN without a classifier)."""
     prob, scores = torch.zeros((), device=x.device), []
     for model, c in models:
-        air = None
-        if skip_air is not None:
-            low, high = c.suv_window
-            air = min(1.0, max(0.0, (skip_air - low) / (high - low)))
-            empty = air * torch.rand(len(x), *c.patch, generator=torch.Generator().manual_seed(0))
-            answer, _ = predict_image(model, empty.to(x), c.patch)
-            if answer.max() >= c.threshold:
-                files.note(f"{title}: the network finds tumor in air: no window is skipped", "air")
-                air = None
+        low, high = c.suv_window
+        air = None if skip_air is None else max(0.0, (skip_air - low) / (high - low))
         one, score = predict_image(
             model, x, c.patch, c.overlap, c.batch,
             flip_axes=c.flip_axes if c.flips else (),
@@ -411,7 +403,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--label-nonzero", action=yes_no, help="all of a truth but 0 is tumor (the run's)")
     add("--min-lesion-ml", type=float, default=0.0, help="leave out smaller lesions (0)")
     add("--reject-below", type=float, help="empty masks of studies with a lower tumor score (off)")
-    add("--skip-air", type=float, help="leave out windows without a higher SUV, 0.2 say (off)")
+    add("--skip-air", type=float, help="one answer for all windows without a higher SUV (off)")
     add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--graph", action="store_true", help="on CUDA: replay batches of windows as a CUDA graph")
@@ -426,19 +418,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                 setattr(a, name, check_value(FIELDS[name], getattr(a, name)))
             except ValueError as e:
                 raise UserError(f"--{name.replace('_', '-')} {e}") from None
-    for name in ("min_lesion_ml", "tolerance_mm"):
-        if not 0 <= getattr(a, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: give 0 or more")
-    if a.reject_below is not None and not 0 <= a.reject_below <= 1:
-        raise UserError(f"--reject-below {a.reject_below}: give a tumor score, 0 to 1")
-    if a.skip_air is not None and not 0 <= a.skip_air <= 1:
-        raise UserError(f"--skip-air {a.skip_air}: give an SUV from 0 to 1")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", a.device):
-        raise UserError(f"--device {a.device}: use cpu, cuda or cuda:N")
-    if a.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {a.device}: PyTorch sees no CUDA device here; use --device cpu")
-    if a.graph and a.device == "cpu":
-        raise UserError("--graph: CUDA graphs need --device cuda; leave it out")
+    limits = {"min_lesion_ml": 1e9, "tolerance_mm": 1e9, "reject_below": 1, "skip_air": 1}
+    for name, high in limits.items():
+        value = getattr(a, name)
+        if value is not None and not 0 <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from 0 to {high:g}")
+    check_device(a.device, a.graph)
     return a
 
 
@@ -474,10 +459,9 @@ def list_studies(a: argparse.Namespace, c: Config) -> list[tuple[Case, Path]]:
 
 
 def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argparse.Namespace):
-    """Segment the studies, and print a line for each; with --root, write tables and a picture.
+    """Check the files of all studies, then segment them; with --root, write tables and a picture.
 
-    The files of all are checked before the first mask is written. A study that cannot be segmented
-    costs no other one: a UserError at the end names all of these.
+    A study that cannot be segmented costs no other one: a UserError at the end names all of these.
     """
     checked, failed, rows, lesions, tiles = [], [], [], [], []
     scored = any(case.label for case, _ in cases)

@@ -39,7 +39,7 @@ import torch
 import claims
 import patches
 from claims import Experiment, experiments_for, read_results, read_rows
-from config import ALL_FOLDS, FIELDS, Config, parse_config
+from config import FIELDS, Config, parse_config
 from files import (
     Interrupts,
     UserError,
@@ -49,6 +49,7 @@ from files import (
     write_table,
     writing,
 )
+from options import ALL_FOLDS
 from predict import evaluating, load_model, sliding_window
 from processes import available_cores
 

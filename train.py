@@ -5,10 +5,9 @@
 Files -> cache -> fold -> patches -> steps -> validation on the original grid -> a run folder with
 config.json, metrics.jsonl, last.pt, best.pt, curves.png, validation.png and validation.csv.
 
-Every option is a field of `config.Config`; `--preset` sets many at once, and options given with it
-win. On several GPUs: torchrun --nproc_per_node=N train.py ... (`parallel.py`). A run that was
-killed, at any moment, continues with --resume exactly where it was. `--fold all` makes a run per
-fold, in OUT/fold0, OUT/fold1, ...
+Every option is a field of `config.Config`. On several GPUs: torchrun --nproc_per_node=N train.py
+... (`parallel.py`). A run that was killed, at any moment, continues with --resume exactly where it
+was. `--fold all` makes a run per fold, in OUT/fold0, OUT/fold1, ...
 """
 
 import os
@@ -46,10 +45,11 @@ import parallel
 import patches
 import phantom
 import processes
-from config import ALL_FOLDS, SYSTEM, Config, as_argument, parse_config
+from config import SYSTEM, Config, as_argument, parse_config
 from device import autocast
 from files import Stopped, UserError, atomic_write, note, run_program, writing
 from graph import Graph, averaged, move_towards, read_later
+from options import ALL_FOLDS
 from parallel import say
 from predict import load_checkpoint, predict_image, reconstruct, to_masks
 

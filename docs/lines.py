@@ -21,7 +21,6 @@ CORE = {
     "data.py": "NIfTI files → cases → preprocessed cache → folds",
     "patches.py": "cached cases → augmented patches; corruption of the CT",
     "config.py": "every option of a run, the presets, and what they mean",
-    "graph.py": "a training step, or a batch of windows, replayed as a CUDA graph",
     "train.py": "the training loop, validation, checkpoints, the run folder",
     "predict.py": "sliding window, ensembles, masks on the input's own grid",
     "evaluate.py": "masks against truth: rows per case, means, tables",
@@ -38,6 +37,7 @@ SUPPORT = {
     "processes.py": "locks, child processes, cores and memory",
     "options.py": "options as fields: allowed values, checks, command line",
     "device.py": "what this machine can run: device, precision, kernels",
+    "graph.py": "a training step, or a batch of windows, replayed as a CUDA graph",
     "parallel.py": "several processes that equal one with the joined batch",
     "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",
 }

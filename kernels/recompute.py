@@ -4,10 +4,9 @@ A convolution needs its input in its backward pass, so autograd keeps it. But th
 cheap to compute again from tensors that are kept anyway: a norm and PReLU of the previous
 convolution's output, or a concatenation. Such a tensor carries a function, `x.again`, that makes it
 once more, and the convolution keeps that function instead of x. Between forward and backward pass,
-a v3 step at 96^3 then keeps 178 bytes per voxel of the patch instead of 284, and pays with one more
-pass of `norm_act` per unit; on a GPU only its last launch, as `y.known` keeps the statistics. Both
-counts are those of tests/test_mirror_unet.py: what autograd saves without the parameters, and the
-batch (clean and corrupted images, uint8 labels).
+a v3 step at 96^3 then keeps 178 bytes per voxel of the patch instead of 284 (counted by
+tests/test_mirror_unet.py), and pays with one more pass of `norm_act` per unit; on a GPU only its
+last launch, as `y.known` keeps the statistics.
 
 `convolve` also corrects a choice of PyTorch's: on a CPU, most convolutions of a single sample take
 im2col, which is two to four times slower per sample than oneDNN, which larger batches take.

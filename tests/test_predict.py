@@ -99,12 +99,12 @@ def test_overlapping_windows_are_averaged_by_their_weights():
     torch.testing.assert_close(out[0, :, 0, 0], expected)
 
 
-def test_windows_of_air_are_not_computed_and_count_as_background():
+def test_windows_of_air_get_the_answer_of_one_of_them():
     calls = []
 
     def bright(x):
         calls.append(len(x))
-        return (x[:, -1:] > 0.5).float()
+        return (x[:, -1:] > 0.5).float() + 0.25
 
     image = torch.rand(2, 64, 16, 16) * 0.01
     image[1, 40, 8, 8] = 1.0
@@ -112,29 +112,34 @@ def test_windows_of_air_are_not_computed_and_count_as_background():
     assert sum(calls) == 7
     calls.clear()
     found = sliding_window(image, bright, (16, 16, 16), batch=2, air=0.02)
-    assert torch.equal(found, expected) and sum(calls) == 2  # those that hold voxel 40
+    torch.testing.assert_close(found, expected)
+    assert sum(calls) == 3  # two that hold voxel 40, and one of air
     calls.clear()
-    assert not sliding_window(image[:, :32], bright, (16, 16, 16), air=0.02).any()
+    assert (sliding_window(image[:, :32], bright, (16, 16, 16), air=0.02) == 0.25).all()
     assert sum(calls) == 1
 
 
-class Loud(nn.Module):
-    """Takes everything for tumor: also air."""
+@pytest.mark.parametrize(
+    "window,air,windows",
+    [((0.0, 5.0), 0.2, 1), ((0.0, 5.0), 0.1, 3), ((0.0, 1.0), 0.1, 3), ((0.5, 5.0), 0.2, 1)],
+)
+def test_air_is_given_as_an_suv(window, air, windows):
+    """All voxels have an SUV of 0.15, and are 0 in an SUV window from 0.5 on."""
+    low, high = window
+    calls = []
 
-    tasks = reads = ()
+    class Silent(nn.Module):
+        tasks = reads = ()
 
-    def forward(self, x):
-        return MirrorOutput(seg=torch.stack([x[:, 0] * 0, x[:, 0] * 0 + 1], dim=1))
+        def forward(self, x):
+            calls.append(len(x))
+            return MirrorOutput(seg=x * 0)
 
-
-@pytest.mark.parametrize("model,mean,said", [(None, 0.0, ""), (Loud(), 0.731, "tumor in air")])
-def test_air_is_skipped_only_if_the_network_finds_no_tumor_in_it(model, mean, said, capsys):
-    """The oracle's tumor is PET above 0.5; sigmoid(1) = 0.731."""
-    c = Config(patch=(16, 16, 16), suv_window=(0.0, 5.0), flips=False)
-    image = torch.rand(2, 32, 16, 16) * 0.03  # SUV below 0.15
-    prob, _ = predict.predict_ensemble([(model or Oracle(0.5), c)], image, "P", skip_air=0.2)
-    assert prob.mean() == pytest.approx(mean, abs=1e-3)
-    assert said in capsys.readouterr().out
+    c = Config(patch=(16, 16, 16), suv_window=window, flips=False)
+    suv = torch.full((2, 32, 16, 16), 0.15)
+    scaled = ((suv - low) / (high - low)).clamp(0, 1)
+    predict.predict_ensemble([(Silent(), c)], scaled, "P", skip_air=air)
+    assert sum(calls) == windows
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_lines_are_short():
 def test_the_core_stays_small():
     code = [ROOT / f"{name}.py" for name in CORE] + list((ROOT / "kernels").glob("*.py"))
     count = sum(len(p.read_text().splitlines()) for p in code)
-    assert count <= 5220
+    assert count < 5200
 
 
 if __name__ == "__main__":
