@@ -8,6 +8,7 @@ nothing, and nothing else may be left in its folders.
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -235,11 +236,9 @@ def out_of_memory() -> None:
 
 
 def kill_a_child() -> None:
-    children: list[str] = []
-    while not children:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    while not multiprocessing.active_children():
         time.sleep(0.01)
-    os.kill(int(children[0]), signal.SIGKILL)
+    multiprocessing.active_children()[0].kill()
 
 
 def loader_killed() -> None:

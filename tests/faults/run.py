@@ -14,6 +14,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ import kills  # noqa: E402
 import torch  # noqa: E402
 
 KILLS = "kills at a change of the file system"
+# What a shell starts in the background ignores Ctrl-C, and so would the runs of the trials.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def count_inputs(count: int, seed: int, table: dict, findings: list[str], keep: Path) -> None:
