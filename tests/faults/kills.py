@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from judge import in_a_fork
+from tqdm import tqdm
 
 import data
 import files
@@ -297,7 +298,8 @@ def a_second_process(folder: Path, reference: Path) -> str:
     answer = folder.with_suffix(".second")
 
     def second():
-        answer.write_text(json.dumps(start(folder, *arguments("--resume"))))
+        no_bars = tqdm._instances.clear  # else a fork would draw the first run's bar, too
+        answer.write_text(json.dumps(start(folder, *arguments("--resume"), before=no_bars)))
 
     before = at_call(train.Run, "train_step", 3, second)
     ended(start(folder, *arguments(), before=before), 0)
