@@ -147,7 +147,7 @@ class _NormAct(torch.autograd.Function):
         else:
             y = F.prelu(y, slope.to(y))
         if residual is not None:
-            y = y.add_(_rows(residual, x, k).view_as(y))
+            y = y.add_(_rows(residual, x, k).reshape(y.shape))
         return _volume(y, x, k)
 
     @staticmethod

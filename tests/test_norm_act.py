@@ -2,6 +2,7 @@
 
 import importlib
 from contextlib import nullcontext
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -281,6 +282,19 @@ def test_tensors_may_have_different_layouts():
     check(norm_act_triton, (x, weight, bias, slope, residual_last))
     grad_output = torch.randn_like(x).contiguous(memory_format=LAST)
     check(norm_act_triton, (x, weight, bias, slope, residual), grad_output)
+
+
+@pytest.mark.parametrize("size", [(3, 3, 3), (2, 2, 2), (1, 1, 5), (4, 3, 2)])
+@pytest.mark.parametrize("layouts", list(product((torch.contiguous_format, LAST), repeat=3)))
+def test_every_mixture_of_layouts_in_small_volumes(size, layouts):
+    """Of x, residual and grad_output; an odd number of voxels makes rows of one voxel."""
+    for channels, slopes in product((1, 2, 5), (1, None)):
+        x, *parameters, residual = make_arguments((2, channels, *size), slopes=slopes)
+        x, residual, grad_output = (
+            t.contiguous(memory_format=layout)
+            for t, layout in zip((x, residual, torch.randn_like(x)), layouts)
+        )
+        check(norm_act_plain, (x, *parameters, residual), grad_output)
 
 
 @pytest.mark.parametrize("f", PATHS)
