@@ -50,6 +50,7 @@ class Preprocessing:
 
 
 BRAIN_PREPROCESSING = Preprocessing(task="brain", spacing=(1.0, 1.0, 1.0), orientation="RAS")
+Recipe, BRAIN_RECIPE = Preprocessing, BRAIN_PREPROCESSING  # their older names
 
 
 def to_grid(image: nib.Nifti1Image, orientation: str, spacing) -> nib.Nifti1Image:
