@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -93,27 +94,36 @@ def main() -> None:
     add = parser.add_argument
     add("which", nargs="*", help="first characters of names, such as 02; default: all")
     add("--check", action="store_true", help="write nothing; compare the cells")
+    add("--jobs", type=int, default=1, help="notebooks at a time, each with one thread (1)")
     args = parser.parse_args()
     sources = sorted(HERE.glob("[0-9]*.py"))
     chosen = [p for p in sources if not args.which or p.name.startswith(tuple(args.which))]
     if not chosen:
         names = " ".join(p.stem for p in sources)
         sys.exit(f"no tutorial begins with {' or '.join(args.which)}; choose from {names}")
-    for source in chosen:
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+    def problem_of(source: Path) -> str:
+        """Run one, and write it or compare its cells: "" or what is wrong."""
         start, target = time.perf_counter(), source.with_suffix(".ipynb")
         try:
             notebook = run(source)
         except CellExecutionError as e:
-            sys.exit(f"{source.name}: a cell failed\n{e}")
+            return f"{source.name}: a cell failed\n{e}"
         seconds = time.perf_counter() - start
         print(f"{source.stem}: {len(notebook.cells)} cells in {seconds:.0f} s", flush=True)
         if not args.check:
             nbformat.write(notebook, target)
         elif not target.exists() or cells_of(nbformat.read(target, 4)) != cells_of(notebook):
-            sys.exit(
-                f"{target.name}: its cells differ from {source.name}; "
-                "run `make tutorials` and commit both"
-            )
+            advice = "run `make tutorials` and commit both"
+            return f"{target.name}: its cells differ from {source.name}; {advice}"
+        return ""
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for problem in pool.map(problem_of, chosen):
+            if problem:
+                sys.exit(problem)
 
 
 if __name__ == "__main__":
