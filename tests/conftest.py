@@ -59,3 +59,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items):
+    """Start the test that takes minutes first: at the end, one process would wait for it alone."""
+    items.sort(key=lambda item: not item.name.startswith("test_the_default_run"))
