@@ -381,6 +381,9 @@ def _check_size(header, path: Path) -> None:
         limit = f"no scan has more than {MOST_VOXELS:,}"
         raise UserError(f"{path}: its header claims {sides} voxels; {limit}; export it again")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if 0 < abs(slope) < 1e-15:  # SimpleITK takes it for 1
+        problem = f"its header scales the voxels by {slope:g}"
+        raise UserError(f"{path}: {problem}, which programs read differently; export it again")
     if not (slope and np.isfinite(slope)) and np.isfinite(inter) and inter:
         problem = f"its header has an offset ({inter:g}) without a factor (scl_slope {slope:g})"
         raise UserError(f"{path}: {problem}, which programs read differently; export it again")

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -70,7 +72,7 @@ def judge(kind: str, content: bytes, folder: Path) -> tuple[str, str]:
             outcome, detail = "crashed", f"not a line: {detail!r:.200}"
         elif kind != "command lines" and path.name not in detail:
             outcome, detail = "crashed", f"does not name the file: {detail}"
-        elif "memory" in detail:  # nothing so small should need it
+        elif re.search("machine's memory|memory is full", detail):  # for something so small
             outcome = "over memory"
     except SystemExit as e:
         outcome, detail = "refused" if e.code in (0, 2) else "crashed", f"exit code {e.code}"
@@ -178,6 +180,7 @@ def in_a_fork(call: Callable[[], None], seconds: float = 1800) -> tuple[int, str
             os.setpgid(0, 0)
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
             code = 1
             try:
                 call()
