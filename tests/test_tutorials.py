@@ -8,7 +8,9 @@ from conftest import ROOT
 REASON = "the packages of the notebooks are not installed: pip install '.[dev]'"
 nbformat = pytest.importorskip("nbformat", reason=REASON)
 jupytext = pytest.importorskip("jupytext", reason=REASON)
+pytest.importorskip("nbclient", reason=REASON)
 sys.path.insert(0, str(ROOT / "tutorials"))  # before tests/faults, which has a run.py, too
+from run import cells_of  # noqa: E402
 
 SOURCES = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
 every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -29,8 +31,6 @@ def test_every_source_has_a_notebook():
 
 @every_source
 def test_a_notebook_has_the_cells_of_its_source(source):
-    from run import cells_of
-
     assert cells_of(notebook_of(source)) == cells_of(jupytext.read(source))
 
 
