@@ -439,12 +439,12 @@ def test_no_run_outlives_a_killed_parent(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, env=env)
     try:
-        assert wait_for((tmp_path / "ready").exists, 60)
+        assert wait_for((tmp_path / "ready").exists, 300)
         assert not (tmp_path / "saved").exists()
     finally:
         parent.kill()  # SIGKILL: the parent can do nothing about it
         parent.wait()
-    assert wait_for((tmp_path / "saved").exists, 10)
+    assert wait_for((tmp_path / "saved").exists, 60)
 
 
 def replicate_tiny(folder: Path, steps: int) -> subprocess.Popen:
