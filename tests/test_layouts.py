@@ -5,12 +5,12 @@ import itertools
 import json
 import os
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from test_data import refused
 
 import data
 import files
@@ -18,15 +18,6 @@ from files import UserError
 
 EDEMA, CORE = 1, 2  # the codes of read_label
 NUMBERS = itertools.count(1)
-
-
-@contextmanager
-def refused(*words):
-    """Expect a UserError of one line that contains each of `words`."""
-    with pytest.raises(UserError) as caught:
-        yield
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1 and all(str(w) in text for w in words), text
 
 
 def save(path: Path, array=None) -> Path:

@@ -9,13 +9,13 @@ import random
 import struct
 import time
 import tracemalloc
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+from test_data import refused
 
 import data
 import figures
@@ -32,15 +32,6 @@ AFFINE = np.diag([-4.0, 4.0, 4.0, 1.0])  # LAS
 def nothing_was_said(monkeypatch):
     """Notes are printed once per process: forget those of other tests."""
     monkeypatch.setattr(files, "_said", set())
-
-
-@contextmanager
-def refused(*words):
-    """Expect a UserError of one line that contains each of `words`."""
-    with pytest.raises(UserError) as caught:
-        yield
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1 and all(str(w) in text for w in words), text
 
 
 def body(shape=SHAPE) -> np.ndarray:
