@@ -61,6 +61,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def nothing_said(monkeypatch):
+    """Notes are printed once per process: forget those of other tests."""
+    import files
+
+    monkeypatch.setattr(files, "_said", set())
+
+
 def pytest_collection_modifyitems(items):
     """Start the test that takes minutes first: at the end, one process would wait for it alone."""
     items.sort(key=lambda item: not item.name.startswith("test_the_default_run"))

@@ -11,7 +11,6 @@ from conftest import ROOT
 from test_data import make_affine, refused, save
 from test_predict import checkpoint, table, voxels
 
-import files
 import predict
 import train
 
@@ -19,12 +18,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "nothing_s
 TINY = "--spacing 8 8 8 --patch 32 32 32 --channels 2 3 4 5 6 --batch 1 --folds 2 --steps 2"
 TINY += " --validations 1 --no-flips --overlap 0"
 LAS = make_affine("LAS", (8, 8, 8))
-
-
-@pytest.fixture
-def nothing_said(monkeypatch):
-    """A line is printed once per process, and many tests run in this one."""
-    monkeypatch.setattr(files, "_said", set())
 
 
 def rows_of_docs() -> list[tuple[str, str, list[str]]]:

@@ -26,12 +26,7 @@ from files import UserError
 SHAPE = (10, 11, 12)
 GRID = Preprocessing(spacing=(4.0, 4.0, 4.0))
 AFFINE = np.diag([-4.0, 4.0, 4.0, 1.0])  # LAS
-
-
-@pytest.fixture(autouse=True)
-def nothing_was_said(monkeypatch):
-    """Notes are printed once per process: forget those of other tests."""
-    monkeypatch.setattr(files, "_said", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 def body(shape=SHAPE) -> np.ndarray:
