@@ -5,10 +5,12 @@
 A GPU waits for Python if a kernel runs shorter than the next one takes to be launched. Here
 Triton's real binder, compiler (for sm_90) and launcher run on small CPU tensors, on top of a
 libcuda that launches nothing (stub_cuda.c, which gcc compiles into a temporary folder). Times are
-the CPU time of one thread, the median of several runs. They depend on the machine and on what else
-runs there, so compare them with the first row, a small PyTorch operation. A step is that of a v3 at
-32^3 with 2 to 6 channels, everything included; PyTorch's operations run on the CPU, so they take
-longer than their start. Launches are those of Triton.
+the CPU time of one thread, the least of several runs. They depend on the machine and on what else
+runs there. So a small PyTorch operation, the first row, is timed next to each of them. The second
+column is the time on a machine where that takes 1.5 us, for which the limits are.
+
+A step is that of a v3 at 32^3 with 2 to 6 channels, everything included; PyTorch's operations run
+on the CPU, so they take longer than their start. Launches are those of Triton.
 """
 
 import os
@@ -22,7 +24,6 @@ import argparse
 import csv
 import ctypes
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -46,7 +47,8 @@ from losses import MirrorLoss
 from mirror_unet import MirrorUNet
 
 LAST = torch.channels_last_3d
-# The most that each may take on an idle machine, where the first row takes 1.5 us.
+SMALL = "x.add(1), 64 numbers"  # the small operation
+SMALL_US = 1.5  # its time on the machine of the limits
 TARGETS = {"norm_act forward": 25, "norm_act backward": 45, "norm_act again": 8, "step": 34}
 
 
@@ -90,8 +92,15 @@ def load_stub(folder: str) -> ctypes.CDLL:
 
 
 # ---------------------------------------------------------------------------------- what is timed
+def timed(call, *repeats: int) -> dict:
+    """Times of a row: here, and on the machine of the limits, in microseconds."""
+    small = partial(torch.ones(64).add, 1)
+    before, here, after = microseconds(small), microseconds(call, *repeats), microseconds(small)
+    return dict(time=here, scaled=here * SMALL_US * 2 / (before + after), unit="us")
+
+
 def microseconds(call, repeats: int = 300, runs: int = 9) -> float:
-    """CPU time of one call: the median over runs of many calls."""
+    """CPU time of one call: the least of several runs of many calls."""
     for _ in range(20):
         call()
     times = []
@@ -100,7 +109,7 @@ def microseconds(call, repeats: int = 300, runs: int = 9) -> float:
         for _ in range(repeats):
             call()
         times.append((time.process_time() - start) / repeats * 1e6)
-    return statistics.median(times)
+    return min(times)
 
 
 def launches(stub: ctypes.CDLL, call, warm_up: int = 2) -> int:
@@ -115,7 +124,7 @@ def launches(stub: ctypes.CDLL, call, warm_up: int = 2) -> int:
 def operations() -> dict:
     """A call of each operation, by name; "large" instances do not fit into registers."""
     gradients = partial(torch.autograd.grad, retain_graph=True)
-    calls = {"x.add(1), 64 numbers": partial(torch.ones(64).add, 1)}
+    calls = {SMALL: partial(torch.ones(64).add, 1)}
     for size, name in ((4, "norm_act"), (24, "norm_act, large")):
         x = torch.randn(2, 16, size, size, size).contiguous(memory_format=LAST).requires_grad_()
         parameters = [torch.ones(n, requires_grad=True) for n in (16, 16, 1)]
@@ -174,15 +183,15 @@ def measure(stub: ctypes.CDLL, quick: bool) -> list[dict]:
     rows = []
     for name, call in operations().items():
         with torch.set_grad_enabled(not name.endswith("again")):
-            time_us = microseconds(call, 20 if quick else 300)
-            count = launches(stub, call)
-        rows.append(dict(what=name, time=time_us, unit="us", launches=count))
+            times = timed(call, 20 if quick else 300)
+            rows.append(dict(what=name, **times, launches=launches(stub, call)))
     ours = kernels.norm_act
     for name, norm_act in {"step": ours, "step, PyTorch's norm and PReLU": eager_norm_act}.items():
         kernels.norm_act = norm_act
         step = make_step()
-        time_ms = microseconds(step, *((1, 5) if quick else (3, 15))) / 1000
-        rows.append(dict(what=name, time=time_ms, unit="ms", launches=launches(stub, step)))
+        times = timed(step, *((1, 5) if quick else (3, 15)))
+        times |= dict(time=times["time"] / 1e3, scaled=times["scaled"] / 1e3, unit="ms")
+        rows.append(dict(what=name, **times, launches=launches(stub, step)))
     kernels.norm_act = ours
     layouts = {"channels_last": LAST, "NCDHW": torch.contiguous_format}
     for name, layout in {} if quick else layouts.items():
@@ -199,18 +208,19 @@ def main() -> None:
     parser.add_argument("--csv", help="also write the table to this file")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'':32} {'time':>8}    {'at most':>8} {'launches':>9}")
+    print(f"{'':32} {'time':>8} {'scaled':>10}    {'at most':>8} {'launches':>9}")
     with tempfile.TemporaryDirectory(prefix="stub_cuda_") as folder:
         rows = measure(load_stub(folder), args.quick)
     for row in rows:
         target = TARGETS.get(row["what"], "")
-        time_text = f"{row['time']:8.1f} {row['unit']}" if "time" in row else " " * 11
-        print(f"{row['what']:32} {time_text} {target:>8} {row['launches']:9}")
+        times = f"{row['time']:8.1f} {row['scaled']:10.1f} {row['unit']}" if "time" in row else ""
+        print(f"{row['what']:32} {times:22} {target:>8} {row['launches']:9}")
     if args.csv:
         with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ("what", "time", "unit", "launches"))
+            writer = csv.DictWriter(file, ("what", "time", "scaled", "unit", "launches"))
             writer.writeheader()
-            writer.writerows(rows)
+            for row in rows:
+                writer.writerow({k: round(v, 2) if type(v) is float else v for k, v in row.items()})
 
 
 if __name__ == "__main__":
