@@ -1,7 +1,8 @@
 """The figures: learning curves, segmented cases, systems compared, and the network's architecture.
 
 Volumes are on the network's grid, (D, H, W) with axes left, anterior, superior; spacing is in mm.
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart, with a lighter orange
+and a darker green, so that any two of them differ enough (tests/test_figures.py).
 """
 
 import json
@@ -20,7 +21,7 @@ from nibabel.processing import resample_from_to
 from files import atomic_write
 
 BLUE, SKY, VERMILLION = "#0072B2", "#56B4E9", "#D55E00"
-CURVES = (BLUE, "#E69F00", "#009E73", VERMILLION, "#CC79A7", SKY)
+CURVES = (BLUE, "#EEBC4D", "#004F3A", VERMILLION, "#CC79A7", SKY)
 LINES = ("-", "--", "-.", ":")
 TRUTH, PREDICTION = SKY, VERMILLION
 OUTLINES = {TRUTH: "-", PREDICTION: "--"}
@@ -92,12 +93,43 @@ def _grey_scale(image: np.ndarray, pet: bool) -> dict:
     return dict(vmin=low, vmax=high, cmap="gray_r" if pet else "gray", origin="lower")
 
 
+def choose(rows: list[dict], target: str) -> list[tuple[str, dict]]:
+    """The cases that `panels` shows of a table of metrics: (title, row) of each.
+
+    Those with the best, the middle and the worst Dice, and the patient without a tumor who has the
+    largest false-positive volume, as far as there are such cases.
+    """
+    rows = [r for r in rows if r["target"] == target]
+    order = sorted((r for r in rows if r["dice"] >= 0), key=lambda r: -r["dice"])
+    names = {len(order) // 2: "middle", len(order) - 1: "worst", 0: "best"}  # best of one
+    chosen = [(names[i], order[i]) for i in sorted(names) if order]
+    healthy = [r for r in rows if r["truth_ml"] == 0]
+    if healthy:
+        chosen.append(("no tumor, most false positives", max(healthy, key=lambda r: r["fpv_ml"])))
+    return [(_title(name, row), row) for name, row in chosen or [("no truth", rows[0])]]
+
+
+def _title(name: str, row: dict) -> str:
+    """A case's name and metrics, in three lines; metrics that are not a number are left out."""
+    measured = [("Dice", "dice", ".2f", ""), ("FPV", "fpv_ml", ".1f", " ml")]
+    measured += [("FNV", "fnv_ml", ".1f", " ml")]
+    known = [f"{m} {row[k]:{f}}{unit}" for m, k, f, unit in measured if not math.isnan(row[k])]
+    return "\n".join([name, f"{row['case']}, {row['target']}", "  ".join(known)])
+
+
+def _suv_text(scale: dict, suv: tuple[float, float]) -> str:
+    """What the ends of a grey scale mean. suv: the SUV of the image's 0 and 1."""
+    white, black = np.interp((scale["vmin"], scale["vmax"]), (0, 1), suv)
+    return f"white: SUV {white:.3g}, black: {black:.3g}"
+
+
 def panels(rows: list[dict], out: Path) -> None:
     """Draw validation.png, one row per case: an axial slice and a coronal projection.
 
     rows: dicts of "title"; "names" of the two input channels; "images" (2, D, H, W); "truth" and
-    "pred", masks (D, H, W); "spacing"; "reconstructions", {name of a channel: (D, H, W)}. The slice
-    has the most tumor (truth, else prediction); the projection is the second channel's maximum.
+    "pred", masks (D, H, W); "spacing"; "reconstructions", {name of a channel: (D, H, W)}; "suv",
+    the SUV of the second channel's 0 and 1, or None if it is no PET. The slice has the most tumor
+    (truth, else prediction); the projection is the second channel's maximum.
     """
     titles = [*rows[0]["names"], "truth and prediction"]
     titles += [f"{name} reconstructed" for name in rows[0]["reconstructions"]] + ["projection"]
@@ -131,10 +163,12 @@ def _case(axes, row: dict) -> None:
     for mask, color in ((truth, TRUTH), (pred, PREDICTION)):
         _outline(axes[2], mask[:, :, z], color)
         _outline(axes[-1], mask.max(1), color)
+    if row["suv"]:
+        axes[1].set_xlabel(_suv_text(scales[1], row["suv"]), fontsize=8)
     axes[0].set_ylabel(row["title"], fontsize=8, parse_math=False)  # names like P$^$
 
 
-def tile(row: dict, image, pred, truth: Nifti1Image | None, affine, brain: bool) -> dict:
+def tile(row: dict, image, pred, truth: Nifti1Image | None, affine, suv: tuple | None) -> dict:
     """Reduce a study's volumes (D, H, W) to a picture for `overview`.
 
     PET: a coronal maximum-intensity projection; brain: the axial slice with the most tumor.
@@ -142,6 +176,7 @@ def tile(row: dict, image, pred, truth: Nifti1Image | None, affine, brain: bool)
     Args:
         row: of `evaluate.evaluate_case`, for the title. affine: (4, 4), of the image and of pred.
         truth: the labels on any grid that is parallel to it; None if they are unknown.
+        suv: the SUV of the image's 0 and 1; None: it is a brain's.
     """
     if truth is not None:
         truth = resample_from_to(truth, (pred.shape, affine), order=0)
@@ -156,11 +191,11 @@ def tile(row: dict, image, pred, truth: Nifti1Image | None, affine, brain: bool)
     def flat(volume):  # (D, H, W) -> (D, H) or (D, W)
         if volume is None:
             return None
-        return volume[:, :, z] if brain else volume.max(1)
+        return volume.max(1) if suv else volume[:, :, z]
 
-    aspect = spacing[1 if brain else 2] / spacing[0]
+    aspect = spacing[2 if suv else 1] / spacing[0]
     flat_masks = {"pred": flat(pred), "truth": flat(truth)}
-    return flat_masks | {"title": title, "image": flat(image), "aspect": aspect, "pet": not brain}
+    return flat_masks | {"title": title, "image": flat(image), "aspect": aspect, "suv": suv}
 
 
 def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
@@ -173,10 +208,13 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
     blank = dict(frame_on=False, xticks=[], yticks=[])
     grid = fig.subplots(rows, columns, squeeze=False, subplot_kw=blank)
     for axis, t in zip(grid.ravel(), tiles):
-        axis.imshow(t["image"].T, aspect=t["aspect"], **_grey_scale(t["image"], t["pet"]))
+        scale = _grey_scale(t["image"], bool(t["suv"]))
+        axis.imshow(t["image"].T, aspect=t["aspect"], **scale)
         _outline(axis, t["truth"], TRUTH)
         _outline(axis, t["pred"], PREDICTION)
         axis.set_title(t["title"], fontsize=7, parse_math=False)
+        if t["suv"]:
+            axis.set_xlabel(_suv_text(scale, t["suv"]), fontsize=6)
     _legend(fig)
     _save(fig, out)
 
@@ -261,7 +299,7 @@ def rejection(curves: dict[str, list[tuple]], out: Path) -> None:
 
 # ------------------------------------------------------------------------------- the architecture
 INK, QUIET = "#2b2f36", "#8a919c"
-CT, PET, GREY = "#a9c4e4", "#f6c48f", "#d3d8de"
+CT, PET, GREY = "#8fb5e6", "#f6c48f", "#d3d8de"
 SHARED, JOIN = "#7a3fb0", "#e9def5"
 DECODER_LABELS = {  # task: height of its output (inches), what the decoder does, its loss
     "ct": (2.61, "reconstruct CT", "L2"),

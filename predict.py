@@ -348,7 +348,8 @@ def predict_study(
         suv = np.asarray(read_nifti(case.images[-1]).dataobj)
     rows, lesions = describe_case(case, truth, masks, c.targets, suv, tolerance)
     rows = [row | {"tumor_score": score, "rejected": int(score < reject_below)} for row in rows]
-    tile = figures.tile(rows[0], image, predicted, truth, affine, c.task == "brain")
+    window = c.suv_window if c.task == "petct" else None
+    tile = figures.tile(rows[0], image, predicted, truth, affine, window)
     return Prediction(rows, lesions, tile, problem)
 
 

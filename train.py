@@ -554,28 +554,25 @@ class Run:
         self.save("last.pt", now=last)
 
     def report(self, rows: list[dict]) -> None:
-        """The end of a run: its table, an SUV threshold, its best, middle and worst case drawn."""
+        """The end of a run: its table, an SUV threshold, and some of its cases drawn."""
         files.write_table(rows, self.folder / "validation.csv")
         evaluate.print_table(rows, self.c.targets)
         if self.c.task == "petct":
             row = baselines.compare_threshold(self.train_cases, self.val_cases)
             self.log({"step": self.step, **row})
-        target = self.c.targets[0]
-        scored = [r for r in rows if r["target"] == target and not math.isnan(r["dice"])]
-        order = sorted(scored, key=lambda r: -r["dice"]) or rows[:1]
-        shown = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
-        figures.panels([self.panel(row) for row in shown], self.folder / "validation.png")
+        shown = figures.choose(rows, self.c.targets[0])
+        pictures = [self.panel(row) | {"title": title} for title, row in shown]
+        figures.panels(pictures, self.folder / "validation.png")
 
     def panel(self, row: dict) -> dict:
-        """What `figures.panels` shows of one case, from its row of the table."""
+        """What `figures.panels` shows of one case, from its row of the table, but for a title."""
         c = self.c
         case = next(k for k in self.val_cases if k.name == row["case"])
         image = self.image_of(case)
         prob, _ = self.predict(case, last=True)
-        volumes = f"FPV {row['fpv_ml']:.1f} ml  FNV {row['fnv_ml']:.1f} ml"
         return {
-            "title": f"{case.name}, {row['target']}\nDice {row['dice']:.2f}  {volumes}",
             "names": ("CT", "PET") if c.task == "petct" else ("T2w", "FLAIR"),
+            "suv": c.suv_window if c.task == "petct" else None,
             "images": image.cpu().numpy(),
             "truth": evaluate.true_mask(case.array("label"), row["target"]),
             "pred": prob[0] >= c.threshold,

@@ -412,7 +412,7 @@ def test_studies_one_voxel_wide(tmp_path, axis):
         assert out["image"].shape[1 + axis] == 1 and out["tumor"]
         truth = nib.Nifti1Image(out["label"], out["affine"])
         row = {"case": "P$^$", "dice": 0.5}
-        tile = figures.tile(row, out["image"][1], out["label"], truth, out["affine"], False)
+        tile = figures.tile(row, out["image"][1], out["label"], truth, out["affine"], (0, 15))
         figures.overview([tile], tmp_path / "overview.png")
 
 

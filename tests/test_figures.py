@@ -1,0 +1,161 @@
+"""The figures: the cases they show, what they say, and colours that everyone can tell apart."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from matplotlib.colors import to_rgb
+
+import figures
+
+# ----------------------------------------------------------------------------------------- colours
+# What people with one kind of cone missing see, in linear RGB (Machado et al. 2009, severity 1).
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}  # fmt: skip
+TO_XYZ = np.array([
+    [0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+    [0.0193339, 0.1191920, 0.9503041],
+])  # fmt: skip
+
+
+def lab(color: str, kind: str = "none") -> np.ndarray:
+    """CIELAB of an sRGB colour as seen with a kind of colour-blindness."""
+    c = np.array(to_rgb(color))
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    seen = TO_XYZ @ np.clip(np.array(BLINDNESS[kind]) @ linear, 0, 1) / TO_XYZ.sum(1)
+    low = seen <= (6 / 29) ** 3
+    f = np.where(low, seen / (3 * (6 / 29) ** 2) + 4 / 29, np.cbrt(seen))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def alike(colors) -> list[tuple]:
+    """Pairs of colours that are less than 20 apart for some readers: (a, b, kind, distance)."""
+    found = []
+    for (a, b), kind in itertools.product(itertools.combinations(colors, 2), BLINDNESS):
+        distance = float(np.linalg.norm(lab(a, kind) - lab(b, kind)))
+        if distance < 20:
+            found.append((a, b, kind, round(distance)))
+    return found
+
+
+def test_lab_and_the_simulation_by_hand():
+    assert np.allclose(lab("white"), (100, 0, 0), atol=0.01)
+    assert np.allclose(lab("#ff0000"), (53.24, 80.09, 67.20), atol=0.01)
+    for kind in BLINDNESS:  # grey stays grey
+        assert np.allclose(lab("#808080", kind), lab("#808080"), atol=0.1)
+
+
+def test_it_finds_the_palettes_that_were_mended():
+    assert {kind for *_, kind, _ in alike(["tab:red", "tab:green"])} == {"deuteranopia"}
+    assert alike(["#009E73", "#CC79A7"])  # of Okabe and Ito
+
+
+PALETTES = {
+    "curves": figures.CURVES,
+    "masks": (figures.TRUTH, figures.PREDICTION),
+    "systems": (figures.BLUE, figures.VERMILLION),
+    "architecture": (figures.CT, figures.PET, figures.GREY, figures.SHARED, figures.INK),
+}
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_colors_of_a_figure_differ_for_every_reader(name):
+    assert not alike(PALETTES[name])
+
+
+SOURCES = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_colors_of_a_notebook_differ_for_every_reader(source):
+    text = source.read_text()
+    assert not re.findall(r"tab:\w+|\"C\d\"|\"(?:red|green|cyan|lime|magenta|orange)\"", text)
+    named = re.findall(r'^[A-Z, ]+ = ((?:"#\w{6}"(?:, )?)+)', text, re.MULTILINE)
+    colors = {c.upper() for line in named for c in re.findall(r"#\w{6}", line)}
+    used = set(re.findall(r"figures\.([A-Z]+)\b", text))
+    boxes = {"CT", "PET", "GREY", "SHARED", "INK"}  # of diagrams, not of curves
+    for name in used - boxes - {"LINES", "CURVES"}:
+        colors.add(getattr(figures, name).upper())
+    colors |= set(figures.CURVES) if "CURVES" in used else set()
+    assert not alike(sorted(colors))
+    assert not alike([getattr(figures, name) for name in used & boxes])
+
+
+# ------------------------------------------------------------------------------------ what is shown
+def rows_of(*dices, target="seg", volumes=()):
+    """Rows of a table; patients without tumor have no Dice and these false-positive volumes."""
+    known = [dict(dice=d, fpv_ml=1.0, fnv_ml=0.0, truth_ml=9.0) for d in dices]
+    empty = [dict(dice=math.nan, fpv_ml=v, fnv_ml=math.nan, truth_ml=0.0) for v in volumes]
+    return [dict(case=f"c{i}", target=target, **row) for i, row in enumerate(known + empty)]
+
+
+@pytest.mark.parametrize(
+    "dices, shown",
+    [
+        ([0.3], {"best": "c0"}),
+        ([0.3, 0.5], {"best": "c1", "worst": "c0"}),
+        ([0.3, 0.9, 0.5, 0.7], {"best": "c1", "middle": "c2", "worst": "c0"}),
+        ([0.3, 0.9, 0.5], {"best": "c1", "middle": "c2", "worst": "c0"}),
+    ],
+)
+def test_the_best_the_middle_and_the_worst_case_are_shown_and_say_so(dices, shown):
+    chosen = figures.choose(rows_of(*dices) + rows_of(0.0, target="other"), "seg")
+    assert {title.split("\n")[0]: row["case"] for title, row in chosen} == shown
+
+
+def test_the_patient_without_tumor_who_has_the_most_false_positives_is_shown():
+    chosen = figures.choose(rows_of(0.9, 0.5, volumes=(2.0, 7.25, 0.0)), "seg")
+    assert chosen[-1][0] == "no tumor, most false positives\nc3, seg\nFPV 7.2 ml"
+    assert [row["case"] for _, row in chosen] == ["c0", "c1", "c3"]
+    assert chosen[0][0] == "best\nc0, seg\nDice 0.90  FPV 1.0 ml  FNV 0.0 ml"
+
+
+def test_a_table_without_truth_shows_its_first_case():
+    (row,) = rows_of(0.5)
+    unknown = row | dict.fromkeys(("dice", "fpv_ml", "fnv_ml", "truth_ml"), math.nan)
+    assert figures.choose([unknown], "seg") == [("no truth\nc0, seg\n", unknown)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    kept = []
+    monkeypatch.setattr(figures, "_save", lambda fig, out: kept.append(fig))
+    return kept
+
+
+def test_pet_panels_state_their_suv(drawn, tmp_path):
+    image = np.zeros((2, 8, 8, 8), np.float32)
+    image[1, 2:6] = 0.4  # SUV 1 + 0.4 x 10 in a window from 1 to 11
+    mask = image[1] > 0
+    case = dict(title="a", names=("CT", "PET"), images=image, truth=mask, pred=mask, suv=(1, 11))
+    case |= dict(spacing=(4, 4, 4), reconstructions={"CT": image[0], "PET": image[1]})
+    figures.panels([case], tmp_path / "x.png")
+    labels = [axis.get_xlabel() for axis in drawn[0].axes]
+    assert labels == ["", "white: SUV 1, black: 5", "", "", "", ""]
+    figures.panels([case | dict(suv=None, names=("T2w", "FLAIR"), reconstructions={})], "x.png")
+    assert not any(axis.get_xlabel() for axis in drawn[1].axes)
+
+
+def test_an_overview_of_pet_states_its_suv(drawn):
+    image = np.full((8, 8, 8), 0.5, np.float32)
+    row = {"case": "a", "dice": 0.5}
+    tiles = [figures.tile(row, image, image > 1, None, np.eye(4), suv) for suv in ((0, 20), None)]
+    figures.overview(tiles, "x.png")
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["white: SUV 0, black: 10", ""]
