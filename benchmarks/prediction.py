@@ -53,8 +53,8 @@ def write_study(folder: Path, shape) -> Path:
     return folder / "SUV.nii.gz"
 
 
-def predict(pet: Path, options: str, folder: Path, *more: str) -> tuple[float, float]:
-    """(seconds, peak GB) of predict.py with an untrained network, without mirrored images.
+def predict(pet: Path, options: str, folder: Path, *more: str) -> tuple[float, float, float]:
+    """(seconds, CPU seconds, peak GB) of predict.py with an untrained network, no mirrored images.
 
     options: those of the run of train.py; more: of predict.py.
     """
@@ -68,7 +68,8 @@ def predict(pet: Path, options: str, folder: Path, *more: str) -> tuple[float, f
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit("predict.py failed")
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    seconds = time.perf_counter() - start
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 BRANCHES = """
@@ -128,9 +129,9 @@ def main() -> None:
         pet = write_study(Path(folder), shape)
         for name, options in CASES.items():
             for more in ([], ["--skip-air", "0.1"]):
-                seconds, peak = predict(pet, options, Path(folder), *more)
+                seconds, cpu, peak = predict(pet, options, Path(folder), *more)
                 row = " ".join([name, *more])
-                print(f"{row:64} {seconds:7.1f} s   peak {peak:.2f} GB resident")
+                print(f"{row:64} {seconds:6.1f} s, CPU {cpu:6.1f} s, peak {peak:.2f} GB resident")
     size = 48 if small else 96
     windows = (size, size, 2 * size)
     paper, laptop = (16, 32, 64, 128, 256), (8, 16, 32, 64, 128)

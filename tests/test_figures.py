@@ -3,11 +3,14 @@
 import itertools
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 import figures
 
@@ -159,3 +162,33 @@ def test_an_overview_of_pet_states_its_suv(drawn):
     tiles = [figures.tile(row, image, image > 1, None, np.eye(4), suv) for suv in ((0, 20), None)]
     figures.overview(tiles, "x.png")
     assert [axis.get_xlabel() for axis in drawn[0].axes] == ["white: SUV 0, black: 10", ""]
+
+
+# ------------------------------------------------------------------------------------- the gallery
+def without_numbers(page: str) -> str:
+    """The text of a page before its table of lesions, every number replaced."""
+    return re.sub(r"\d+(\.\d+)?", "N", page.split("| lesion |")[0])
+
+
+def test_the_gallery_has_its_pictures():
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    pictures = re.findall(r"\]\((gallery/\w+\.png)\)", page)
+    there = sorted(f"gallery/{p.name}" for p in (ROOT / "docs" / "gallery").glob("*.png"))
+    assert sorted(pictures) == there and len(there) == 10
+    assert "docs/gallery.md" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_its_script_draws_the_gallery(tmp_path):
+    out, run = tmp_path / "docs", tmp_path / "run"
+    command = [sys.executable, "docs/gallery.py", "--steps", "3", "--phantoms", "6"]
+    command += ["--out", out, "--run", run]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = without_numbers((out / "gallery.md").read_text())
+    assert made == without_numbers((ROOT / "docs" / "gallery.md").read_text())
+    for path in (ROOT / "docs" / "gallery").glob("*.png"):
+        drawn = imread(out / "gallery" / path.name)[..., :3]
+        assert drawn.std() > 0.05  # not blank
+        if path.name[:2] in ("v1", "v2", "v3", "v4", "sh"):  # of the networks alone
+            assert np.array_equal(drawn, imread(path)[..., :3])
