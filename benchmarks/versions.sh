@@ -11,16 +11,18 @@
 # tried in virtual environments of FOLDER, and nothing outside FOLDER is changed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-# Triton 3.4 links for AMD's GPUs with ROCm's linker; LLVM's own will do.
-if command -v ld.lld > /dev/null; then
-    export TRITON_HIP_LLD_PATH=${TRITON_HIP_LLD_PATH:-$(command -v ld.lld)}
+# Triton 3.4 links for AMD's GPUs with ROCm's linker; LLVM's own will do (Debian: lld-19).
+lld=$(compgen -c ld.lld | sort -V | tail -n 1)
+if [ -n "$lld" ]; then
+    export TRITON_HIP_LLD_PATH=${TRITON_HIP_LLD_PATH:-$(command -v "$lld")}
 fi
 folder=$(realpath -m "${1:-build/versions}")
 table=${TABLE:-results/versions.csv}
 python=${PYTHON:-.venv/bin/python}
 tritons=${TRITONS-3.4.0 3.6.0 3.7.1 3.9.0}
 targets=${TARGETS:-sm_75 sm_80 sm_89 sm_90 sm_100 sm_120 gfx90a gfx942 gfx950 gfx1100}
-torches=${TORCHES-2.8.0:python3.11:numpy<2.4 2.11.0:python3.12:numpy==2.5.* 2.13.0:python3.11:numpy==2.4.*}
+torches=${TORCHES-2.8.0:python3.11:numpy<2.4 2.11.0:python3.12:numpy==2.5.* \
+    2.11.0:python3.12:numpy<2.4 2.13.0:python3.11:numpy==2.4.*}
 tests=${TESTS:-tests/test_kernels.py tests/test_norm_act.py tests/test_dice_ce.py \
     tests/test_voxel_shuffle.py tests/test_losses.py tests/test_mirror_unet.py tests/test_patches.py}
 match=${MATCH:-}
@@ -79,6 +81,7 @@ for entry in $torches; do
             "torch==$version" "$numpy" nibabel scipy matplotlib tqdm pytest || rm -rf "$place"
     fi
     if [ -x "$place/bin/pytest" ]; then
+        "$place/bin/pip" install -q ${PIP_OPTIONS:-} "$numpy" # another row may have chosen another
         # shellcheck disable=SC2086
         outcome=$("$place/bin/python" -m pytest -q -p no:cacheprovider $tests 2>&1 |
             tee "$folder/torch-$version.log" | tail -n 1 | tr ',' ';' | cut -c 1-120)
