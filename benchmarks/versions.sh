@@ -78,7 +78,7 @@ for entry in $torches; do
     outcome="not tried"
     if [ ! -x "$place/bin/pytest" ] && command -v "$program" > /dev/null; then
         "$program" -m venv "$place" && "$place/bin/pip" install -q ${PIP_OPTIONS:-} \
-            "torch==$version" "$numpy" nibabel scipy matplotlib tqdm pytest || rm -rf "$place"
+            "torch==$version" triton "$numpy" nibabel scipy matplotlib tqdm pytest || rm -rf "$place"
     fi
     if [ -x "$place/bin/pytest" ]; then
         "$place/bin/pip" install -q ${PIP_OPTIONS:-} "$numpy" # another row may have chosen another

@@ -230,7 +230,8 @@ arrangement:
 ## What each output looks like while a v3 trains
 
 A window of a patient that the training never sees; {steps} steps of {batch} patches. The score is
-the classifier's probability that the window has a tumor, the outline is the true tumor:
+the classifier's probability that the window has a tumor, the outline is the true tumor. In the PET,
+white is SUV {white:g} and black SUV {black:g} or more:
 
 ![outputs](gallery/training.png)
 
@@ -269,6 +270,7 @@ def main() -> None:
         share_figures="\n\n".join(f"![levels {s}](gallery/{name})" for s, name in names.items()),
         steps=c.steps, batch=c.batch, dice=row["dice"], fpv=row["fpv_ml"],
         found=round(row["lesion_sensitivity"] * row["true_lesions"]), true=row["true_lesions"],
+        white=c.suv_window[0], black=np.interp(PET["vmax"], (0, 1), c.suv_window),
         lesions=table(lesions),
     )  # fmt: skip
     (a.out / "gallery.md").write_text(text)

@@ -1,5 +1,6 @@
 """Shared by the tests: the repository's path, the device, folders outside the repository."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, see train.py
@@ -25,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("MIRROR_UNET_SHARED", ROOT.parent / "shared"))
 
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
 
 # Triton's interpreter before 3.7 turns arrays of one element into numbers, which NumPy refuses from
 # 2.4 on. Then the kernels cannot be interpreted, and the tests that try say so.

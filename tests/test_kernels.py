@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE, ROOT
+from conftest import DEVICE, ROOT, needs_triton
 from torch import Tensor, nn
 
 import kernels
@@ -35,6 +35,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 # ------------------------------------------------------------------------- the choice of the path
+@needs_triton
 def test_the_chosen_path_is_taken(use, monkeypatch):
     taken = []
     names = ("dice_ce", "norm_act", "voxel_shuffle")

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import DEVICE, ROOT
+from conftest import DEVICE, ROOT, needs_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -20,7 +20,7 @@ from kernels.voxel_shuffle import (
 pytestmark = pytest.mark.cuda
 LAST = torch.channels_last_3d
 LAYOUTS = [torch.contiguous_format, LAST]
-PATHS = [voxel_shuffle_plain, voxel_shuffle_triton]
+PATHS = [voxel_shuffle_plain, pytest.param(voxel_shuffle_triton, marks=needs_triton)]
 slow = pytest.mark.slow
 # Wide sweeps in Triton's interpreter take minutes; a quick test next to each has examples.
 SWEEP = [voxel_shuffle_plain, pytest.param(voxel_shuffle_triton, marks=slow)]
@@ -81,6 +81,7 @@ def test_the_permutation_looks_random():
     assert len({tuple(p.tolist()) for p in shuffled}) == 200
 
 
+@needs_triton
 def test_the_low_64_bits_of_a_seed_count():
     x = torch.arange(512.0, device=DEVICE).reshape(1, 1, 8, 8, 8)
     corner = torch.zeros(1, 1, 3, dtype=torch.int64)
@@ -311,6 +312,7 @@ def test_it_compiles_without_a_graph_break_and_not_again_for_every_seed(path):
 
 
 # ----------------------------------------------------------------------------------------- memory
+@needs_triton
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "shape,corner", [((1, 3, 5, 7, 3), (1, 2, 0)), ((1, 1, 40, 41, 43), (20, 30, 35))]
@@ -329,6 +331,7 @@ def test_nothing_is_written_outside_the_output(layout, shape, corner):
     assert not torch.equal(output, x)
 
 
+@needs_triton
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_beyond_2_to_31(axis):
     """Views into one huge block of memory, of which the system provides only the pages in use."""
@@ -345,6 +348,7 @@ def test_strides_beyond_2_to_31(axis):
     assert torch.equal(voxel_shuffle_triton(x, corners, 3, 5), expected)
 
 
+@needs_triton
 def test_more_samples_than_the_third_axis_of_a_grid_has():
     x = torch.empty(2**16 + 3, 2, 4, 4, 4, device="meta")
     _, grid, _ = _launch(x, x, torch.empty(len(x), 4, dtype=torch.int64, device="meta"), 3, False)
@@ -374,6 +378,7 @@ def test_the_host_does_not_work_longer_for_more_cubes(monkeypatch):
     assert counts[0] == counts[1]
 
 
+@needs_triton
 def test_a_batch_takes_one_launch_that_moves_each_element_once():
     if DEVICE != "cpu":
         pytest.skip("launches are counted in the interpreter")
