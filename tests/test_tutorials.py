@@ -23,7 +23,7 @@ def notebook_of(source):
 def test_every_source_has_a_notebook():
     notebooks = sorted((ROOT / "tutorials").glob("*.ipynb"))
     assert [path.stem for path in notebooks] == [path.stem for path in SOURCES]
-    assert len(SOURCES) == 6
+    assert len(SOURCES) == 7
     readme = (ROOT / "README.md").read_text()
     for path in notebooks:
         assert f"(tutorials/{path.name})" in readme
