@@ -3,8 +3,9 @@
 #
 # You have a folder with PET/CT studies in which somebody outlined the tumors. This notebook goes
 # with it from the files to trained networks, their ensemble, a table of lesions, and a look at the
-# errors, case by case. You need the abstract of the paper and some Python; [another
-# notebook](05_petct.ipynb) explains FPV and FNV in more detail. No GPU and no download are needed.
+# errors, case by case. The networks are Mirror U-Net v3 ([taken apart here](01_fission.ipynb)): it
+# segments the tumors from PET, CT takes part in its training, and a classifier gives a score per
+# patient. You need the abstract of the paper and some Python. No GPU and no download are needed.
 #
 # As it stands, the notebook writes synthetic patients (`phantom.py`) and takes them for your
 # folder, so its numbers say nothing about real patients. **For your own studies change one line**,
@@ -396,7 +397,7 @@ plt.show()
 #   one, so whatever is brighter than that looks alike.
 # * **Patch.** It has to be large enough to show *where* in the body it is, because that tells a
 #   tumor from an organ, and small enough for the memory. A side is a multiple of sixteen voxels, as
-#   the network halves it four times. What extends beyond the field of view is wasted.
+#   the network halves it at four levels. What extends beyond the field of view is wasted.
 
 # %%
 ENOUGH = 0.75  # share of the lesions; for a real run rather 0.95
@@ -496,9 +497,11 @@ with plainly():
     train.main(["--resume", "--out", str(WORK / "runs")])
 
 # %% [markdown]
-# Each table has the held-out studies of one fold. The last line below it is the best threshold, for
-# comparison: a network has to beat it. Did the interruption leave a trace? Every step must be in
-# the log exactly once.
+# Each table has the held-out studies of one fold. FPV is the volume of predicted components that
+# touch no true voxel, false lesions; FNV that of true components that touch no predicted voxel,
+# missed ones ([more about them](05_petct.ipynb)). The last line below a table is the best
+# threshold, for comparison: a network has to beat it. Did the interruption leave a trace? Every
+# step must be in the log exactly once.
 
 # %%
 runs = [WORK / f"runs/fold{i}" for i in range(len(kept))]
