@@ -401,9 +401,9 @@ except ValueError as error:
 # the CT is replaced by noise? How do the reconstructions of CT and PET change? Write down your
 # guess.
 #
-# For a meaningful picture we first train each version for some seconds, on 48 slices of the patient
-# above. (So the result says nothing about other patients. The next notebook explains the loss;
-# `MirrorLoss` computes it for each version.)
+# For a meaningful picture we first train each version briefly, on a part of the patient above. (So
+# the result says nothing about other patients. The next notebook explains the loss; `MirrorLoss`
+# computes it for each version.)
 
 # %%
 low = int(tumor.sum((0, 1)).argmax()) - 24
@@ -549,6 +549,6 @@ for share in ((4, 5, 6), ()):
 # A v1 that shares nothing is two separate networks that happen to be trained at the same time, and
 # the CT does not help the segmentation at all.
 #
-# **Where to continue.** [`mirror_unet.py`](../mirror_unet.py) is the whole network, in fewer than
-# 500 lines. Notebook 2 explains the losses, notebook 4 the corruption that makes reconstructing the
-# CT worth learning, and notebook 5 trains a v3 and looks at its errors.
+# **Where to continue.** [`mirror_unet.py`](../mirror_unet.py) is the whole network. Notebook 2
+# explains the losses, notebook 4 the corruption that makes reconstructing the CT worth learning,
+# and notebook 5 trains a v3 and looks at what it gets wrong.

@@ -184,28 +184,29 @@ for ax, (title, truth) in zip(axes, cases.items()):
 axes[0].set_ylabel("|gradient| of one voxel")
 axes[0].legend()
 plt.show()
+print(f"a tumor of {T_small:,} voxels among {N - T_small:,} others")
 for p_v in (0.5, 1e-5):
     pulls = [p_v * (1 - p_v) * abs(D - 2 * truth) / S for truth in (1, 0)]
     ratios = [pull / (abs(p_v - truth) / N) for pull, truth in zip(pulls, (1, 0))]
     print(
-        f"at p = {p_v:g} the gradient of Dice is {ratios[0]:.2g} times that of CE in tumor,",
+        f"at p = {p_v:g} the gradient of Dice is {ratios[0]:.3g} times that of CE in tumor,",
         end=" ",
     )
-    print(f"{ratios[1]:.2g} times in background")
+    print(f"{ratios[1]:.3g} times in background")
 
 # %% [markdown]
 # * **Dice divides by the size of the tumor, CE by the size of the patch.** Around $p=0.5$ the
-#   Dice gradient is much larger (the first line): the 1,000 tumor voxels are not outvoted by the
-#   883,736 others, and the loss is close to the score that counts in the end.
+#   Dice gradient is much larger (the second line): the tumor voxels are not outvoted by the many
+#   others, and the loss is close to the score that counts in the end.
 # * **The Dice gradient vanishes if the network is certain and wrong.** The factor $p(1-p)$ goes to
-#   zero on the left: a tumor voxel with $p=10^{-5}$ is hardly pulled at all (the second line). The
+#   zero on the left: a tumor voxel with $p=10^{-5}$ is hardly pulled at all (the last line). The
 #   factor $(1-p)$ of CE stays, however wrong the network is. CE also keeps pulling a probability
 #   of 0.6 towards 0.9: it asks for *calibrated* probabilities.
 #
 # So each loss has what the other lacks. The next experiment shows it: a small network (three
 # convolutions, in two dimensions to be fast) looks for faint discs in noise, which cover a small
-# part of each image. It is trained for 200 steps with Dice, with CE, or with their sum, each
-# time on the same images.
+# part of each image. It is trained with Dice, with CE, or with their sum, each time on the same
+# images.
 
 
 # %%
@@ -259,8 +260,8 @@ for name, loss in functions.items():
     print(f"trained with {name:9}  Dice of the masks", *[f"{d:.2f}" for d in dice], end="   ")
     print("CE", *[f"{c:.3f}" for c in ces])
 both, alone = means["Dice + CE"], means["Dice"]
-print(f"in the mean the sum has {both[0] - alone[0]:+.2f} of the Dice", end=" ")
-print(f"and {both[1] / alone[1]:.2f} of the CE of Dice alone")
+print(f"Dice + CE against Dice alone: mean Dice {both[0] - alone[0]:+.2f},", end=" ")
+print(f"mean CE {both[1] / alone[1]:.2f} times as high")
 
 
 # %%
@@ -496,6 +497,6 @@ rec = np.hypot(shared[2], shared[3])
 print(f"about {seg / rec:.0f} times larger, at the start of training")
 
 # %% [markdown]
-# **Where to continue.** [`losses.py`](../losses.py) has fewer than 150 lines. Notebook 3 makes
+# **Where to continue.** [`losses.py`](../losses.py) has all of them. The next notebook makes
 # Dice + CE fast: the formulas above in one pass over memory. Notebook 4 looks at the input of the
 # reconstruction.

@@ -64,9 +64,9 @@ except ImportError:
 # ## Memory traffic
 #
 # PyTorch runs an expression one operation after the other. Each operation **reads** all its inputs
-# from memory and **writes** all its output. So `a * b + c` on n float32 numbers moves 24 n bytes:
-# the product reads 8 n and writes 4 n, the sum reads 8 n and writes 4 n. A single operation would
-# need 16 n: read a, b and c, write the result.
+# from memory and **writes** all its output. So `a * b + c` reads two volumes and writes one for the
+# product, and again for the sum, six in all. A single operation would need four: read a, b and c,
+# write the result.
 #
 # `benchmarks/traffic.py` measures this. It observes every operation below autograd, including the
 # backward pass, and counts each input as read once and each output as written once. Here it
@@ -77,6 +77,12 @@ from peers import eager_dice_ce
 from traffic import CountEager, count_triton, total
 
 print(inspect.getsource(eager_dice_ce))
+
+a, b, c = torch.rand(3, 1000)
+with CountEager() as small:
+    a * b + c
+number = sum(t.bytes for t in small.traffic.values()) / len(a)
+print(f"a * b + c moves {number:.0f} bytes per number; a number has {a.element_size()}\n")
 
 size = 32
 # (B, C, D, H, W), the classes are background and tumor; labels (B, 1, D, H, W)
@@ -834,7 +840,7 @@ fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 for ax, (title, y) in zip(axes, pictures.items()):
     shown = ax.imshow(y[0, 0, :, :, 4], cmap="RdBu_r", vmin=-3, vmax=3)
     ax.set(title=f"{title}\nstandard deviation {y.std().item():.3f}", xticks=[], yticks=[])
-fig.colorbar(shown, ax=axes, shrink=0.8)
+fig.colorbar(shown, ax=axes, shrink=0.8, label="normalized value")
 plt.show()
 
 # %% [markdown]

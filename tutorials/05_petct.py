@@ -433,7 +433,7 @@ for axis, (key, title) in zip(axes, titles.items()):
 # patch is the highest of its cells, and the score of a patient the highest of all windows of the
 # body. The hope is this: *if the score is low, the patient has no tumor, and every predicted
 # component is false*. Is the score good enough? The **AUC** is the probability that a patient with
-# tumor has a higher score than a patient without: 1 is perfect, 0.5 is guessing. For comparison we
+# tumor has a higher score than a patient without. For comparison we
 # take a score that needs no classifier, the segmented volume.
 
 # %%
@@ -461,6 +461,7 @@ results = {
     f"classifier, {cohort}": (scores, has_tumor),
     f"segmented volume, {cohort}": (volume, has_tumor),
 }
+print("an AUC of 1 is perfect, one of 0.5 guessing")
 for name, (values, truth) in results.items():
     print(f"AUC {patient_metrics(values, truth)['auc']:.2f}  {name}")
 pairs = has_tumor.sum() * (~has_tumor).sum()

@@ -153,9 +153,9 @@ Image(run.folder / "curves.png")
 # %% [markdown]
 # There are three Dice losses and three cross entropies, one of each per task. Compare those of the
 # whole tumor with the others. Two reasons for a difference are likely: there are no skip
-# connections, and the last layer of this decoder has a norm and a PReLU (the other two decoders end in a bare convolution), so that
-# its logits stay moderate and its probabilities away from 0 and 1. This matters for the soft Dice
-# of the loss, and less for the Dice of the masks, on the right.
+# connections, and the last layer of this decoder has a norm and a PReLU (the other two decoders end
+# in a bare convolution), so that its logits stay moderate and its probabilities away from 0 and 1.
+# This matters for the soft Dice of the loss, and less for the Dice of the masks, on the right.
 #
 # ## Patient by patient
 #

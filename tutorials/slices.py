@@ -9,11 +9,11 @@ kernel is running.
 
 import importlib
 import os
-import sys
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import get_ipython
 
 # The axis that a slice is taken along; volumes are (D, H, W), axes left, anterior, superior.
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -23,10 +23,13 @@ LINES = (("#56B4E9", "-"), ("#D55E00", "--"), ("#F0E442", ":"))
 
 
 def widgets():
-    """The module ipywidgets, or None: if it is missing, if no notebook runs this, or if the
-    environment variable TUTORIALS_STATIC is set, as tutorials/run.py does."""
-    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-    if os.environ.get("TUTORIALS_STATIC") or getattr(shell, "kernel", None) is None:
+    """The module ipywidgets if a slider can be shown, else None.
+
+    There is none if ipywidgets is missing, if no kernel of a notebook runs this, or if the
+    environment variable TUTORIALS_STATIC is set, as tutorials/run.py does.
+    """
+    has_kernel = getattr(get_ipython(), "kernel", None) is not None
+    if os.environ.get("TUTORIALS_STATIC") or not has_kernel:
         return None
     try:
         return importlib.import_module("ipywidgets")
