@@ -509,7 +509,7 @@ for how, column in zip(inputs, table.T):
     print(f"worst on {worst:8} {column.max():.3f}")
 
 # %% [markdown]
-# One would expect the smallest error of each column on the diagonal, in the row of its own
+# One would expect the smallest error of each column on the diagonal, in the row of the same
 # corruption. The lines above say where it is: for shuffled cubes it need not be the network that
 # was trained on them. After such a short training each network is a blurred copier, and the one
 # that blurs the most may win in a cube without structure. A pretext task has to be compared with

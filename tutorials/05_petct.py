@@ -45,7 +45,7 @@ plt.rcParams["figure.dpi"] = 90
 BLUE, SKY, RED, YELLOW = "#0072B2", "#56B4E9", "#D55E00", "#F0E442"
 
 ROOT = None  # None: synthetic patients; or a folder, for example "/data/FDG-PET-CT-Lesions"
-STEPS = 300  # few, to be fast; the last section says what good results need
+STEPS = 200  # few, to be fast; the last section says what good results need
 
 # %% [markdown]
 # ## The studies
@@ -356,7 +356,8 @@ for row, kind in zip(axes, ("false", "missed")):
     for axis, (name, (image, style, label)) in zip(row, pictures.items()):
         image = axis.imshow(image.T, origin="lower", **style)
         fig.colorbar(image, ax=axis, shrink=0.7, label=label)
-        axis.contour(wrong[..., z].T, [0.5], colors=KINDS[kind][0], linewidths=1.5)
+        for color, width in (("black", 3), (KINDS[kind][0], 1.5)):  # yellow on white needs an edge
+            axis.contour(wrong[..., z].T, [0.5], colors=color, linewidths=width)
         if others.any():
             axis.contour(others.T, [0.5], colors=SKY, linewidths=1, linestyles="--")
         title = f"{name}: largest {kind} component" if name == "CT" else name

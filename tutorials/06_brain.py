@@ -45,7 +45,7 @@ from patches import Augmentation, PatchDataset
 plt.rcParams["figure.dpi"] = 90
 # Colors of the Okabe-Ito palette, for color-blind readers, too.
 SKY, YELLOW, RED = "#56B4E9", "#F0E442", "#D55E00"
-STEPS, FEWER = 160, 100  # of the first training, and of the two others
+STEPS, FEWER = 110, 70  # of the first training, and of the two others
 
 # %% [markdown]
 # ## Four images of one head
@@ -464,7 +464,7 @@ legend(fig, {}, LINES)
 # FLAIR does: compare its edema with that of the first training (which also had more steps). The
 # bottleneck's reconstruction is a blurred spot at the place of the tumor, with the checkerboard
 # pattern of transposed convolutions, and little else: this is what two segmenting branches have
-# stored there after a hundred steps.
+# stored there after so few steps.
 #
 # **Your turn**, this time without an answer: what changes with a much larger weight of the
 # reconstruction, or with many more steps?
