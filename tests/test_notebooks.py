@@ -27,7 +27,7 @@ nbformat = pytest.importorskip("nbformat", reason=REASON)
 pytest.importorskip("jupytext", reason=REASON)
 pytest.importorskip("nbclient", reason=REASON)
 sys.path.insert(0, str(ROOT / "tutorials"))  # before tests/faults, which has a run.py, too
-from run import merge_streams  # noqa: E402
+import run  # noqa: E402
 
 TUTORIALS = ROOT / "tutorials"
 SOURCES = sorted(TUTORIALS.glob("[0-9]*.py"))
@@ -582,9 +582,25 @@ def test_progress_bars_are_dropped_and_other_messages_are_not():
     bar = (
         "training  34% |███▍      | 00:20<00:38 , step 34\rtraining 100% |██████████| 01:41<00:00\n"
     )
-    assert merge_streams([stderr("preprocessing: 100%|██████████| 24/24\n"), stderr(bar)]) == []
-    (kept,) = merge_streams([stderr(bar), stderr("a warning\n")])
+    assert run.merge_streams([stderr("preprocessing: 100%|██████████| 24/24\n"), stderr(bar)]) == []
+    (kept,) = run.merge_streams([stderr(bar), stderr("a warning\n")])
     assert kept.text == "a warning\n"
+
+
+def test_a_cell_that_writes_to_stderr_fails(tmp_path):
+    source = tmp_path / "01_noise.py"
+    source.write_text("# %%\nimport sys\n\n# %%\nprint('a warning', file=sys.stderr)\n")
+    with pytest.raises(run.Noise, match="(?s)cell 1 .*a warning"):
+        run.run(source)
+
+
+def test_a_time_replaces_that_of_the_run_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TIMES", tmp_path / "times.csv")
+    for name, seconds in (("02_b", 9), ("01_a", 5), ("02_b", 7)):
+        row = dict(notebook=name, cells=3, seconds=seconds, cpu_seconds=1, threads=1)
+        run.keep_time(row)
+    lines = (tmp_path / "times.csv").read_text().splitlines()
+    assert lines[1:] == ["01_a,3,5,1,1", "02_b,3,7,1,1"]
 
 
 @every_source
