@@ -45,7 +45,7 @@ from patches import Augmentation, PatchDataset
 plt.rcParams["figure.dpi"] = 90
 # Colors of the Okabe-Ito palette, for color-blind readers, too.
 SKY, YELLOW, RED = "#56B4E9", "#F0E442", "#D55E00"
-STEPS, FEWER = 110, 70  # of the first training, and of the two others
+STEPS, FEWER = 90, 60  # of the first training, and of the two others
 
 # %% [markdown]
 # ## Four images of one head
