@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import symtable
 import sys
 import types
 from pathlib import Path
@@ -232,17 +233,25 @@ def run_cells(sources: list[str], folder: Path) -> list[str]:
 
 
 def names_of(source: str) -> tuple[set[str], set[str]]:
-    """The names that a cell sets at its top level, and all that it reads."""
-    tree = ast.parse(source)
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    read = {node.id for node in found if isinstance(node.ctx, ast.Load)}
-    defined = {node.id for node in found if isinstance(node.ctx, ast.Store)}
-    for node in ast.walk(tree):
+    """The names that a cell sets at its top level, and those that it needs from other cells."""
+    top = symtable.symtable(source, "cell", "exec")
+    scopes, defined, read = [top], set(), set()
+    for scope in scopes:
+        scopes += scope.get_children()
+        for name in scope.get_symbols():
+            if scope is top and (name.is_assigned() or name.is_imported()):
+                defined.add(name.get_name())
+            if name.is_referenced() and (scope is top or name.is_global()):
+                read.add(name.get_name())
+    first = {"store": {}, "load": {}}  # name: the line in which it first occurs
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            defined |= {(name.asname or name.name).split(".")[0] for name in node.names}
-    return defined, read
+            first["store"].setdefault(node.name, node.lineno)
+        elif isinstance(node, ast.Name):
+            lines = first["load" if isinstance(node.ctx, ast.Load) else "store"]
+            lines[node.id] = min(node.lineno, lines.get(node.id, node.lineno))
+    set_before = {n for n in defined if first["store"].get(n, 0) < first["load"].get(n, 0)}
+    return defined, read - set_before
 
 
 def needed(cells: list, last: int) -> list[int]:
