@@ -9,8 +9,8 @@
 # Mirror U-Net ([arXiv 2303.07126](https://arxiv.org/abs/2303.07126)) does the opposite, called
 # **fission**: each modality has its own U-Net, each U-Net has its own *task*, and the two share a
 # few layers. This notebook takes the network apart: its parts, what is shared, and what follows
-# from that. You need the basics of PyTorch and the abstract of the paper. The notebook runs in
-# about a minute, without a GPU and without a download.
+# from that. You need the basics of PyTorch and the abstract of the paper, no GPU and no download
+# ([how long it takes](../results/tutorials.csv)).
 
 # %%
 import os
@@ -24,16 +24,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import sys
 from io import BytesIO
 
-sys.path.append(".")
+sys.path += [".", "tutorials"]
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Image
+from scipy import ndimage
 
 import data
 import figures
 import phantom
+import slices
 from losses import MirrorLoss
 from mirror_unet import MirrorUNet, from_official
 
@@ -50,27 +52,66 @@ plt.rcParams["figure.dpi"] = 90
 spacing = (6.0, 6.0, 6.0)  # mm; coarse, so that this notebook is fast
 phantom.write_petct("cache/tutorials/petct-6mm", 2, spacing=spacing)
 case = data.find_petct("cache/tutorials/petct-6mm")[0]
-study = data.preprocess(case, data.Preprocessing(spacing=spacing))
+preprocessing = data.Preprocessing(spacing=spacing)
+study = data.preprocess(case, preprocessing)
 ct, pet = study["image"].astype(np.float32)  # (D, H, W) each
 tumor = study["label"]  # (D, H, W)
 
+
+def in_units(values, window):
+    """From 0 to 1 back to HU or SUV; what was outside the window is at its end."""
+    low, high = window
+    return low + (high - low) * values
+
+
+hu = in_units(ct, preprocessing.ct_window)
+suv = in_units(pet, preprocessing.suv_window)
+print("CT in the window of", preprocessing.ct_window, "HU, PET of", preprocessing.suv_window, "SUV")
+
 y = int(tumor.sum((0, 2)).argmax())  # the coronal slice with the most tumor
 fig, axes = plt.subplots(1, 3, figsize=(8.5, 6.6), layout="constrained")
-axes[0].imshow(ct[:, y].T, origin="lower", cmap="gray")
-axes[1].imshow(pet.max(1).T, origin="lower", cmap="gray_r", vmax=0.7)
-axes[2].imshow(pet[:, y].T, origin="lower", cmap="gray_r", vmax=0.7)
+shown = axes[0].imshow(hu[:, y].T, origin="lower", cmap="gray")
+fig.colorbar(shown, ax=axes[0], location="bottom", label="HU")
+for ax, picture in ((axes[1], suv.max(1)), (axes[2], suv[:, y])):
+    shown = ax.imshow(picture.T, origin="lower", cmap="gray_r", vmin=0, vmax=10)
+    fig.colorbar(shown, ax=ax, location="bottom", label="SUV", extend="max")
+axes[1].contour(tumor.max(1).T, [0.5], colors=figures.TRUTH)
 axes[2].contour(tumor[:, y].T, [0.5], colors=figures.TRUTH)
-titles = ("CT, one slice", "PET, maximum projection", "PET, the same slice, tumors outlined")
+titles = ("CT, one slice", "PET, maximum projection", "PET, the same slice as the CT")
 for ax, title in zip(axes, titles):
     ax.set_title(title, fontsize=10)
     ax.set(xticks=[], yticks=[])
+outline = plt.Line2D([], [], color=figures.TRUTH, label="true tumor")
+fig.legend(handles=[outline], loc="outside lower center")
 plt.show()
 
+parts, count = ndimage.label(tumor, np.ones((3, 3, 3)))  # components of voxels that touch
+ml = np.prod(spacing) / 1000
+print(f"{count} tumors, from the feet to the head:")
+for n in sorted(range(1, count + 1), key=lambda n: np.argwhere(parts == n)[:, 2].mean()):
+    here = parts == n
+    print(f"{here.sum() * ml:6.1f} ml   mean CT {hu[here].mean():4.0f} HU", end="   ")
+    print(f"mean PET {suv[here].mean():4.1f} SUV")
+
 # %% [markdown]
-# The projection (in the middle; high uptake is dark) shows four tumors: the two that are outlined
-# in the slice on the right, one in the spine and one in the liver. Brain and bladder are just as
-# dark, and the kidneys are only a little lighter. How well can the values of one modality separate
-# tumor from normal tissue? The histograms show all voxels of the body and those of the tumors:
+# In the projection (in the middle; high uptake is dark) every tumor has an outline. Without the
+# outlines three would be seen, in the left lung, in the spine and in the liver. The lowest one
+# is as dark as the bladder next to it and merges with it; the slice on the right shows it. Brain
+# and bladder are as dark as the tumors, and the kidneys only a little lighter.
+#
+# A projection hides what a slice shows. Here are several slices through the tumors (and a slider
+# through all of them, if ipywidgets is installed and you run this cell):
+
+# %%
+pictures = {
+    "CT": (hu, dict(cmap="gray"), "HU"),
+    "PET": (suv, dict(cmap="gray_r", vmin=0, vmax=10), "SUV"),
+}
+browser = slices.show(pictures, {"true tumor": tumor}, spacing, plane="coronal", number=6)
+
+# %% [markdown]
+# How well can the values of one modality separate tumor from normal tissue? The histograms show
+# all voxels of the body and those of the tumors:
 
 # %%
 body = ct > 0
@@ -86,15 +127,17 @@ plt.show()
 
 low, high = np.percentile(ct[tumor > 0], [10, 90])
 similar = ((ct[body] > low) & (ct[body] < high)).mean()
-brighter = (pet[body] > np.median(pet[tumor > 0])).mean()
+brighter = pet > np.median(pet[tumor > 0])
 print(f"{(tumor[body] > 0).mean():.1%} of the body's voxels are tumor")
 print(f"CT:  {similar:.0%} of the body has values in the central 80 % of the tumors' values")
-print(f"PET: {brighter:.1%} of the body is brighter than the tumors' median")
+print(f"PET: {brighter[body].mean():.1%} of the body is brighter than the tumors' median;", end=" ")
+print(f"{(tumor[brighter] == 0).mean():.0%} of that is not tumor")
 
 # %% [markdown]
-# On CT three of the tumors have the values of soft tissue, and the tumor in the spine has those of
-# bone (at 1). PET has the contrast, but most of what is bright on PET is not tumor. So the two
-# modalities are not interchangeable: they are good at *different tasks*.
+# On CT the tumors have the values of the tissue around them (the list above: the one in the spine
+# those of bone, the others those of soft tissue). PET has the contrast, but most of what is bright
+# on PET is not tumor. So the two modalities are not interchangeable: they are good at *different
+# tasks*.
 #
 # **Why not fuse them?** In early fusion (two channels into one U-Net) no layer belongs to one
 # modality, and a single loss decides what is used of which image; nothing asks for the anatomy
@@ -215,7 +258,9 @@ plt.show()
 # %% [markdown]
 # So sharing the bottleneck leaves the fine levels free, and ties the branches together at the level
 # at which each value sees a large part of the patch. In the paper $L=\{5\}$ is the best choice;
-# other levels, or more of them, are worse.
+# other levels, or more of them, are worse. In our own runs, with one seed, sharing all of levels 3
+# to 7 was worse, and the other comparisons are inconclusive
+# ([claim 3](../results/README.md#the-papers-claims-on-40-real-petct-studies)).
 #
 # ## Four versions
 #
@@ -260,8 +305,8 @@ PARTS = {  # part: color, hatching
     "CT branch": (figures.CT, ""),
     "PET branch": (figures.PET, "//"),
     "shared": (figures.SHARED, ""),
-    "light decoder": ("#c9ced6", ".."),
-    "classifier": ("#2b2f36", ""),
+    "light decoder": ("white", ".."),
+    "classifier": (figures.INK, ""),
 }
 
 
@@ -283,7 +328,7 @@ for row, version in enumerate(versions):
         count[part_of(name, net)] += p.numel()
     for part, n in count.items():
         color, hatch = PARTS[part]
-        style = dict(color=color, hatch=hatch, edgecolor="white")
+        style = dict(facecolor=color, hatch=hatch, edgecolor=figures.INK)
         ax.barh(row, n / 1e6, left=start, label=part if version == "v3" else None, **style)
         start += n / 1e6
     ax.text(start + 0.1, row, f"{sum(count.values()):,}", va="center")
@@ -294,8 +339,7 @@ fig.legend(loc="outside upper center", ncols=5)
 plt.show()
 
 # %% [markdown]
-# Of the 6.9 million parameters of v1, each branch owns 2.1 million; the one shared level alone has
-# 2.7 million.
+# The one shared level alone has more parameters than either branch has on its own.
 #
 # ## Loading the authors' weights
 #
@@ -357,9 +401,9 @@ except ValueError as error:
 # the CT is replaced by noise? How do the reconstructions of CT and PET change? Write down your
 # guess.
 #
-# For a meaningful picture we first train each version for some seconds, on 48 slices of the patient
-# above. (So the result says nothing about other patients. The next notebook explains the loss;
-# `MirrorLoss` computes it for each version.)
+# For a meaningful picture we first train each version briefly, on a part of the patient above. (So
+# the result says nothing about other patients. The next notebook explains the loss; `MirrorLoss`
+# computes it for each version.)
 
 # %%
 low = int(tumor.sum((0, 1)).argmax()) - 24
@@ -395,6 +439,8 @@ with torch.no_grad():
     for version, net in trained.items():
         before, after = net(slab), net(noisy)
         tumor_maps[version] = [o.seg.softmax(1)[0, 1].numpy() for o in (before, after)]
+        margins = [o.seg[0, 1] - o.seg[0, 0] for o in (before, after)]  # logit of P(tumor)
+        tumor_maps[version].append((margins[0] - margins[1]).abs().numpy())
         for name, a, b in zip(before._fields, before, after):
             if a is not None:
                 changes[version, name] = (a - b).abs().max().item()
@@ -412,23 +458,29 @@ y = int(truth[0, 0].sum((0, 2)).argmax())  # the coronal slice with the most tum
 fig, axes = plt.subplots(4, 4, figsize=(8, 6.6), layout="constrained")
 inputs = {"CT": slab[0, 0], "noise": noisy[0, 0], "PET": slab[0, 1]}
 for ax, (name, image) in zip(axes[:, 0], inputs.items()):
-    style = dict(cmap="gray_r", vmax=0.7) if name == "PET" else dict(cmap="gray", vmax=1)
-    ax.imshow(image[:, y].T, origin="lower", **style)
-    ax.set_ylabel(name)
+    if name == "PET":
+        image, style = in_units(image, preprocessing.suv_window), dict(cmap="gray_r", vmax=10)
+        name = "PET\n(white: SUV 0, black: 10)"
+    else:
+        style = dict(cmap="gray", vmax=1)
+    ax.imshow(image[:, y].T, origin="lower", vmin=0, **style)
+    ax.set_ylabel(name, fontsize=8)
 axes[3, 0].axis("off")
+most = max(maps[2][:, y].max() for maps in tumor_maps.values())
 for row, version in zip(axes[:, 1:], trained):
-    a, b = tumor_maps[version]
-    highs = (1, 1, 0.1)
-    for ax, values, high in zip(row, (a, b, np.abs(a - b)), highs):
-        shown = ax.imshow(values[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=high)
+    for ax, values, high in zip(row, tumor_maps[version], (1, 1, most)):
+        image = ax.imshow(values[:, y].T, origin="lower", cmap="magma", vmin=0, vmax=high)
         ax.contour(truth[0, 0, :, y].T, [0.5], colors="white", linewidths=0.8)
     row[0].set_ylabel(version, fontsize=13)
-titles = ("inputs", "P(tumor), with CT", "P(tumor), with noise", "absolute difference")
+titles = ("inputs", "P(tumor), with CT", "P(tumor), with noise", "change of the logit")
 for ax, title in zip(axes[0], titles):
     ax.set_title(title, fontsize=10)
 for ax in axes.ravel():
     ax.set(xticks=[], yticks=[])
-fig.colorbar(shown, ax=axes[:, 3], shrink=0.7, label="difference of the probabilities")
+probability = axes[0, 1].images[0]
+fig.colorbar(probability, ax=axes[:, 1:3], shrink=0.7, location="bottom", label="P(tumor)")
+name = "absolute change of the logit of P(tumor)"
+fig.colorbar(image, ax=axes[:, 3], shrink=0.7, label=name)
 plt.show()
 
 # %% [markdown]
@@ -437,7 +489,8 @@ plt.show()
 # **Answer.** In v1, v2 and v3 the segmentation and v3's classifier do not change by a single bit,
 # whatever the share set. What changes is the reconstruction of the CT, of course, and in v2 and v3
 # also that of the PET, because the light decoder reads both bottlenecks. The segmentation of v4
-# changes, because its CT branch contributes with weight $w=0.1$.
+# changes, because its CT branch contributes with weight $w=0.1$. (Its mask need not change: where
+# the network is certain, another logit is nearly the same probability.)
 #
 # This follows from the architecture (the authors' own code behaves in the same way), but the paper
 # does not say so. It has two consequences:
@@ -496,6 +549,6 @@ for share in ((4, 5, 6), ()):
 # A v1 that shares nothing is two separate networks that happen to be trained at the same time, and
 # the CT does not help the segmentation at all.
 #
-# **Where to continue.** [`mirror_unet.py`](../mirror_unet.py) is the whole network, in fewer than
-# 500 lines. Notebook 2 explains the losses, notebook 4 the corruption that makes reconstructing the
-# CT worth learning, and notebook 5 trains a v3 and looks at its errors.
+# **Where to continue.** [`mirror_unet.py`](../mirror_unet.py) is the whole network. Notebook 2
+# explains the losses, notebook 4 the corruption that makes reconstructing the CT worth learning,
+# and notebook 5 trains a v3 and looks at what it gets wrong.

@@ -8,8 +8,8 @@
 # why there are two, derives the gradient, and shows the difficult cases: tumors that are tiny,
 # tumors that are absent, and 16-bit numbers.
 #
-# You need the basics of PyTorch. The notebook runs in about half a minute, without a GPU and
-# without a download.
+# You need the basics of PyTorch, no GPU and no download
+# ([how long it takes](../results/tutorials.csv)).
 
 # %%
 import os
@@ -96,18 +96,20 @@ print(f"dice_ce       {losses.dice_ce(logits, labels):.4f}, their sum")
 # %% [markdown]
 # **Your turn.** The prediction of voxel 1 becomes certain, $p_1 = 1$. Which of the two losses falls
 # more? And if it becomes 0.01 instead, which loss rises more? Guess first, then change `p` above or
-# run the next cell. (For $p_1=0.01$ the Dice loss doubles, to 0.45, and CE becomes almost five
-# times as large, 1.29. A single wrong voxel can raise CE without limit, but the Dice loss only by
-# its share of the overlap.)
+# run the next cell.
 
 # %%
 for p1 in (1.0, 0.6, 0.01):
     q = torch.tensor([0.9, p1, 0.3, 0.1])
     q_true = torch.where(t == 1, q, 1 - q)
-    dice_loss = 1 - 2 * (q * t).sum() / (q.sum() + T)
-    print(f"p_1 = {p1:4}   Dice loss {dice_loss:.2f}   CE {-q_true.log().mean():.2f}")
+    q_dice, q_ce = 1 - 2 * (q * t).sum() / (q.sum() + T), -q_true.log().mean()
+    factors = f"({q_dice / dice_loss:.1f} and {q_ce / ce:.1f} times those above)"
+    print(f"p_1 = {p1:4}   Dice loss {q_dice:.2f}   CE {q_ce:.2f}   {factors}")
 
 # %% [markdown]
+# A single wrong voxel can raise CE without limit, but the Dice loss only by its share of the
+# overlap: in the last line CE has grown much more.
+#
 # ## The gradient
 #
 # The derivative is what changes the network. Write $D=\frac{2I+s}{P+T+s}$ and $S = P+T+s$. A small
@@ -182,20 +184,29 @@ for ax, (title, truth) in zip(axes, cases.items()):
 axes[0].set_ylabel("|gradient| of one voxel")
 axes[0].legend()
 plt.show()
+print(f"a tumor of {T_small:,} voxels among {N - T_small:,} others")
+for p_v in (0.5, 1e-5):
+    pulls = [p_v * (1 - p_v) * abs(D - 2 * truth) / S for truth in (1, 0)]
+    ratios = [pull / (abs(p_v - truth) / N) for pull, truth in zip(pulls, (1, 0))]
+    print(
+        f"at p = {p_v:g} the gradient of Dice is {ratios[0]:.3g} times that of CE in tumor,",
+        end=" ",
+    )
+    print(f"{ratios[1]:.3g} times in background")
 
 # %% [markdown]
 # * **Dice divides by the size of the tumor, CE by the size of the patch.** Around $p=0.5$ the
-#   Dice gradient is hundreds of times larger: the 1,000 tumor voxels are not outvoted by the
-#   883,736 others, and the loss is close to the score that counts in the end.
+#   Dice gradient is much larger (the second line): the tumor voxels are not outvoted by the many
+#   others, and the loss is close to the score that counts in the end.
 # * **The Dice gradient vanishes if the network is certain and wrong.** The factor $p(1-p)$ goes to
-#   zero on the left: a tumor voxel with $p=10^{-5}$ is hardly pulled at all. The factor $(1-p)$ of
-#   CE stays, however wrong the network is. CE also keeps pulling a probability of 0.6 towards 0.9:
-#   it asks for *calibrated* probabilities.
+#   zero on the left: a tumor voxel with $p=10^{-5}$ is hardly pulled at all (the last line). The
+#   factor $(1-p)$ of CE stays, however wrong the network is. CE also keeps pulling a probability
+#   of 0.6 towards 0.9: it asks for *calibrated* probabilities.
 #
 # So each loss has what the other lacks. The next experiment shows it: a small network (three
-# convolutions, in two dimensions to be fast) looks for faint discs in noise, which cover about a
-# hundredth of each image. It is trained for 200 steps with Dice, with CE, or with their sum, each
-# time on the same images.
+# convolutions, in two dimensions to be fast) looks for faint discs in noise, which cover a small
+# part of each image. It is trained with Dice, with CE, or with their sum, each time on the same
+# images.
 
 
 # %%
@@ -238,13 +249,19 @@ def overlap(mask, truth):
 images, truth = draw_discs(100, seed=999_999)
 functions["Dice + CE"] = losses.dice_ce
 probabilities = {}
-print("on 100 test images, three seeds each:")
+print(f"on {len(images)} test images, {truth.float().mean():.1%} of them disc, three seeds each:")
+means = {}  # of Dice and CE over the seeds
 for name, loss in functions.items():
     outputs = [train_on_discs(loss, seed) for seed in range(3)]
     probabilities[name] = outputs[0].softmax(1)[:, 1]
-    dice = [f"{overlap(out.argmax(1, keepdim=True), truth):.2f}" for out in outputs]
-    ces = [f"{losses.cross_entropy(out, truth):.3f}" for out in outputs]
-    print(f"trained with {name:9}  Dice of the masks {' '.join(dice)}   CE {' '.join(ces)}")
+    dice = [overlap(out.argmax(1, keepdim=True), truth).item() for out in outputs]
+    ces = [losses.cross_entropy(out, truth).item() for out in outputs]
+    means[name] = np.mean(dice), np.mean(ces)
+    print(f"trained with {name:9}  Dice of the masks", *[f"{d:.2f}" for d in dice], end="   ")
+    print("CE", *[f"{c:.3f}" for c in ces])
+both, alone = means["Dice + CE"], means["Dice"]
+print(f"Dice + CE against Dice alone: mean Dice {both[0] - alone[0]:+.2f},", end=" ")
+print(f"mean CE {both[1] / alone[1]:.2f} times as high")
 
 
 # %%
@@ -268,11 +285,11 @@ fig.colorbar(shown, ax=axes[3], label="P(tumor)", shrink=0.75)
 plt.show()
 
 # %% [markdown]
-# The outlines are the true discs. CE alone is cautious: its probabilities are the best calibrated
-# (it has the lowest CE), but many discs stay below one half and are lost in the mask. Dice alone
-# finds more discs, and its probabilities are close to 0 or 1: it is just as certain where it is
-# wrong, so its CE is several times higher. The sum has an overlap like that of Dice, with about a
-# third of its CE.
+# The outlines are the true discs. CE alone is cautious: its probabilities are the most truthful (it
+# has the lowest CE), but many discs stay below one half and are lost in the mask. Dice alone finds
+# more discs, and its probabilities are close to 0 or 1: it is just as certain where it is wrong, so
+# its CE is the highest. The sum has an overlap like that of Dice, and a CE between the two (the
+# last line above).
 #
 # ## Patches without tumor
 #
@@ -299,10 +316,22 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-# **Answer.** 0.99999 and 0.9999999: the loss is nearly 1 whatever the network predicts, so nothing
-# makes it predict less. The gradient $s/(P+s)^2$ is $10^{-5}$ at one voxel and $10^{-9}$ at a
-# hundred, a thousand times less than that of CE. The Dice loss of an empty patch is practically
-# *constant*, and CE alone does the work. The Dice loss falls only once $P$ is far below $s$.
+# **Answer:**
+
+# %%
+for predicted in (1, 100):
+    s, slope = 1e-5, 1e-5 / (predicted + 1e-5) ** 2
+    print(
+        f"P = {predicted:3}: Dice loss {1 - s / (predicted + s):.7f}, gradient {slope:.0e},",
+        end=" ",
+    )
+    print(f"that of CE {1 / N:.1e}: Dice pulls {slope * N:.2g} times as hard as CE")
+
+# %% [markdown]
+# The loss is nearly 1 whatever the network predicts: the Dice loss of an empty patch is practically
+# *constant*. Its gradient $s/(P+s)^2$ falls with the square of $P$. At a single false voxel it
+# still pulls harder than CE; at a hundred of them, where it matters more, it is negligible, and CE
+# alone does the work. The Dice loss falls only once $P$ is far below $s$.
 #
 # There are two remedies. A larger $s$ (dashed) gives a smoother curve. The paper's solution is
 # `batch=True`: the sums run over the whole batch *before* the ratio is taken, so that an empty
@@ -468,6 +497,6 @@ rec = np.hypot(shared[2], shared[3])
 print(f"about {seg / rec:.0f} times larger, at the start of training")
 
 # %% [markdown]
-# **Where to continue.** [`losses.py`](../losses.py) has fewer than 150 lines. Notebook 3 makes
+# **Where to continue.** [`losses.py`](../losses.py) has all of them. The next notebook makes
 # Dice + CE fast: the formulas above in one pass over memory. Notebook 4 looks at the input of the
 # reconstruction.

@@ -12,8 +12,10 @@
 # You need no GPU. With `TRITON_INTERPRET=1` Triton runs its kernels in a slow interpreter on the
 # CPU, which is ideal for learning: the numbers are right, and every load and store can be watched.
 # **Nothing here was measured on a GPU**: bytes, registers and instructions are counted, and where
-# the text needs the speed of a GPU it takes the numbers of the public data sheet and says so. The
-# notebook takes about 15 minutes to read and a minute to run.
+# the text needs the speed of a GPU it takes the numbers of the public data sheet and says so.
+# (What was measured on one is in
+# [results/README.md](../results/README.md#first-measurements-on-a-gpu);
+# [how long the notebook takes](../results/tutorials.csv).)
 
 # %%
 import os
@@ -39,9 +41,9 @@ import torch
 
 torch.manual_seed(0)
 plt.rcParams["figure.dpi"] = 90
-# Colors of the Okabe-Ito palette, for color-blind readers, too.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, TRUTH = "#CC79A7", "#56B4E9"
+# Colors of the Okabe-Ito palette. No figure has two that color-blind readers would confuse.
+BLUE, ORANGE, RED, PINK, SKY = "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9"
+TRUTH = SKY
 
 
 def without_triton(kernel):
@@ -62,9 +64,9 @@ except ImportError:
 # ## Memory traffic
 #
 # PyTorch runs an expression one operation after the other. Each operation **reads** all its inputs
-# from memory and **writes** all its output. So `a * b + c` on n float32 numbers moves 24 n bytes:
-# the product reads 8 n and writes 4 n, the sum reads 8 n and writes 4 n. A single operation would
-# need 16 n: read a, b and c, write the result.
+# from memory and **writes** all its output. So `a * b + c` reads two volumes and writes one for the
+# product, and again for the sum, six in all. A single operation would need four: read a, b and c,
+# write the result.
 #
 # `benchmarks/traffic.py` measures this. It observes every operation below autograd, including the
 # backward pass, and counts each input as read once and each output as written once. Here it
@@ -75,6 +77,12 @@ from peers import eager_dice_ce
 from traffic import CountEager, count_triton, total
 
 print(inspect.getsource(eager_dice_ce))
+
+a, b, c = torch.rand(3, 1000)
+with CountEager() as small:
+    a * b + c
+number = sum(t.bytes for t in small.traffic.values()) / len(a)
+print(f"a * b + c moves {number:.0f} bytes per number; a number has {a.element_size()}\n")
 
 size = 32
 # (B, C, D, H, W), the classes are background and tumor; labels (B, 1, D, H, W)
@@ -92,6 +100,9 @@ moved = {}  # direction: {operation: bytes per voxel}
 for direction, counter in counters.items():
     moved[direction] = {op: t.bytes / n for op, t in counter.traffic.items()}
     print(f"{direction:8} {sum(moved[direction].values()):4.0f} bytes per voxel")
+both = sum(sum(of_direction.values()) for of_direction in moved.values())
+print(f"together {both:4.0f} bytes per voxel; a voxel's logits have", end=" ")
+print(f"{2 * logits.element_size()} bytes and its label {labels.element_size()}")
 
 # %%
 STYLES = {"forward": dict(color=BLUE), "backward": dict(color=ORANGE, hatch="//")}
@@ -113,10 +124,11 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Each bar is one kind of operation; repeated calls are added up. The logits of a voxel are 8 bytes
-# and its label is 1, yet 330 bytes are moved: every intermediate result is as large as the volume,
-# is written to memory and read again. The largest bar, `_to_copy`, consists of conversions only:
-# `one_hot` needs a label of 8 bytes and makes 8 bytes per class, which then become floats.
+# Each bar is one kind of operation; repeated calls are added up. The bytes moved are many times
+# those of the logits and the label (the last line above): every intermediate result is as large as
+# the volume, is written to memory and read again. The largest bar, `_to_copy`, consists of
+# conversions only: `one_hot` needs an int64 label and makes an int64 per class, which then become
+# floats.
 #
 # ### Your turn: the fewest bytes
 #
@@ -126,17 +138,17 @@ plt.show()
 # *each* voxel depends on the Dice score, that is on *all* voxels, so the backward pass can only
 # start after the forward pass has read everything.
 
-# %%
+# %% tags=["exercise"]
 least_forward = ...  # your turn: bytes per voxel
 least_backward = ...
 
 
-# %%
+# %% tags=["check"]
 def check_least(forward, backward):
     if ... in (forward, backward):
         print("not yet: replace the dots by two numbers")
     elif (forward, backward) == (9, 17):
-        print("right")
+        print(f"right: {forward} + {backward} = {forward + backward} bytes per voxel")
     else:
         print("not yet: what has to be read, and what has to be written?")
 
@@ -146,7 +158,7 @@ check_least(least_forward, least_backward)
 # %% [markdown]
 # The answer (JupyterLab folds its cell; click on the dots to open it):
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["solution"]
 check_least(
     forward=2 * 4 + 1,  # read two logits and a label
     # Read them again, because nothing as large as the volume was kept; write two gradients.
@@ -154,9 +166,9 @@ check_least(
 )
 
 # %% [markdown]
-# So the minimum is 26 bytes. `results/traffic.csv` has the counts for the kernel of this
-# repository, for the losses of two widely used libraries, and for the eager code above, on a batch
-# of two volumes of 32³ voxels:
+# [`results/traffic.csv`](../results/traffic.csv) has the counts for the kernel of this repository,
+# for the losses of two widely used libraries, and for the eager code above, on a batch of two
+# volumes of 32³ voxels:
 
 # %%
 table = list(csv.DictReader(open("results/traffic.csv")))
@@ -173,14 +185,15 @@ for ax, dtype in zip(axes, ("float32", "bfloat16")):
     for y, name in enumerate(names):
         launches = sum(int(rows[name][f"{direction}_launches"]) for direction in STYLES)
         ax.text(start[y] + 5, y, f"{start[y]:.0f} in {launches}", va="center", fontsize=9)
+        print(f"{dtype:8} {name:11} {start[y]:4.0f} bytes per voxel in {launches} launches")
     ax.set(title=f"{dtype} logits", xlabel="bytes per voxel, in how many launches", xlim=(0, 440))
 axes[0].invert_yaxis()
 axes[1].legend(loc="upper right", fontsize=8)
 plt.show()
 
 # %% [markdown]
-# With bfloat16 the logits and the gradient have half the size, and the kernel moves 14 bytes. The
-# eager code moves more than before, because it converts to float32 first.
+# With bfloat16 the logits and the gradient have half the size, and the kernel moves about half the
+# bytes. The eager code moves more than before, because it converts to float32 first.
 #
 # ## The roofline
 #
@@ -209,7 +222,7 @@ convolution = 2 * 27 * 32 * 32  # operations per voxel
 points = {  # intensity, type of arithmetic, color, marker
     "loss, eager": (50 / 330, "float32", RED, "o"),
     "loss, MONAI": (50 / 246, "float32", PINK, "s"),
-    "loss, fused": (50 / 26, "float32", GREEN, "^"),
+    "loss, fused": (50 / 26, "float32", SKY, "^"),
     "convolution, float32": (convolution / (64 * 4), "float32", BLUE, "D"),
     "convolution, bfloat16": (convolution / (64 * 2), "bfloat16, tensor cores", "black", "v"),
 }
@@ -296,12 +309,14 @@ program_of = (np.arange(study.seg.size) // (64 * BLOCK)).reshape(study.seg.shape
 sums_of = np.bincount(program_of.ravel(), study.seg.ravel())
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 5.2), layout="constrained")
-axes[0].imshow(study.suv[:, y].T, origin="lower", cmap="gray_r", vmax=10)
+shown = axes[0].imshow(study.suv[:, y].T, origin="lower", cmap="gray_r", vmin=0, vmax=10)
+fig.colorbar(shown, ax=axes[0], location="bottom", label="SUV", extend="max")
 axes[0].contour(study.seg[:, y].T, [0.5], colors=TRUTH)
 axes[0].set_title("PET, tumor outlined")
-axes[1].imshow(program_of[:, y].T, origin="lower", cmap="cividis")
+shown = axes[1].imshow(program_of[:, y].T, origin="lower", cmap="cividis")
+fig.colorbar(shown, ax=axes[1], location="bottom", label="program")
 axes[1].contour(study.seg[:, y].T, [0.5], colors="white")
-axes[1].set_title("program of each voxel")
+axes[1].set_title("program of each voxel, tumor outlined")
 colors = plt.get_cmap("cividis")(np.linspace(0, 1, len(sums_of)))
 axes[2].bar(range(len(sums_of)), sums_of, color=colors)
 axes[2].set(title="its partial sum", xlabel="program", ylabel="tumor voxels")
@@ -347,7 +362,7 @@ for formula, values in formulas.items():
 # `tl.log`, `tl.abs`, `tl.maximum` and `tl.where` do what you expect).
 
 
-# %%
+# %% tags=["exercise"]
 @jit
 def my_sums(
     logits,  # (2, n) float32: l0 of all voxels, then l1
@@ -362,7 +377,7 @@ def my_sums(
     pass
 
 
-# %%
+# %% tags=["check"]
 def exact_sums(logits, target):
     """I, P, T, N in float64, by PyTorch."""
     u, t = (logits[1] - logits[0]).double(), target.double()
@@ -412,7 +427,7 @@ check_sums(my_sums)
 # The answer (folded):
 
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["solution"]
 @jit
 def sums(logits, target, partials, n, programs, BLOCK: tl.constexpr):
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -478,7 +493,7 @@ def finish(partials, loss, coefficients, n, programs, STEP: tl.constexpr):
 # both logits, once.
 
 
-# %%
+# %% tags=["exercise"]
 @jit
 def my_gradient(
     grad_output,  # () float32
@@ -492,7 +507,7 @@ def my_gradient(
     pass  # your turn; tl.load(coefficients) is a, tl.load(coefficients + 1) is b
 
 
-# %%
+# %% tags=["check"]
 def check_gradient(kernel, n=5000):
     if triton is None:
         return print("not checked: Triton is not installed")
@@ -526,7 +541,7 @@ check_gradient(my_gradient)
 # The answer (folded):
 
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["solution"]
 @jit
 def gradient(grad_output, logits, target, coefficients, grad, n, BLOCK: tl.constexpr):
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -595,6 +610,7 @@ ways = {"eager": eager_dice_ce, "library": library_dice_ce, "yours": Fused.apply
 if triton:
     from traffic import measure
 
+    per_voxel = {}
     print("         error of loss   of gradient   bytes per voxel   launches")
     for name, way in ways.items():
         loss = way(logits, labels)
@@ -603,11 +619,14 @@ if triton:
         grad_error = ((grad - exact_grad).abs().max() / exact_grad.abs().max()).item()
         first, second = measure(way, (logits, labels))
         print(f"{name:8} {error:13.0e} {grad_error:13.0e}", end=" ")
-        print(f"{(first + second).bytes / n:17.2f}   {first.launches} + {second.launches}")
+        per_voxel[name] = (first + second).bytes / n
+        print(f"{per_voxel[name]:17.2f}   {first.launches} + {second.launches}")
+    print(f"eager moves {per_voxel['eager'] / per_voxel['yours']:.1f} times the bytes of yours")
 
 # %% [markdown]
-# (The error of the gradient is relative to its largest value.) 26 bytes are twelve times fewer than
-# the eager code needs, and the result is just as exact. `kernels/dice_ce.py` is this kernel with
+# (The error of the gradient is relative to its largest value.) The kernel moves the fewest bytes
+# that the task allows, and the result is as exact as that of the eager code. `kernels/dice_ce.py`
+# is this kernel with
 # everything that a library has to add: more classes and their weights, ignored voxels, one Dice per
 # sample, `channels_last` and strided tensors, volumes beyond 2³¹ numbers. You have seen all that is
 # essential in it.
@@ -628,17 +647,18 @@ if triton:
 
     top = logits.grad[0, 1, :, y].abs().max().item()
     signed = SymLogNorm(linthresh=top / 100, vmin=-top, vmax=top)  # logarithmic except near 0
+    tumor_p = logits.detach()[0, 1].sigmoid()
     pictures = {
-        "PET (SUV) and truth": (study.suv, dict(cmap="gray_r", vmax=10)),
-        "probability of tumor": (logits.detach()[0, 1].sigmoid(), dict(cmap="magma")),
-        "d loss / d l₁": (logits.grad[0, 1], dict(cmap="RdBu_r", norm=signed)),
+        "PET, tumor outlined": (study.suv, dict(cmap="gray_r", vmin=0, vmax=10), "SUV"),
+        "prediction": (tumor_p, dict(cmap="magma", vmin=0, vmax=1), "probability of tumor"),
+        "gradient": (logits.grad[0, 1], dict(cmap="RdBu_r", norm=signed), "d loss / d l₁"),
     }
     fig, axes = plt.subplots(1, 3, figsize=(9, 5.4), layout="constrained")
-    for ax, (title, (volume, style)) in zip(axes, pictures.items()):
+    for ax, (title, (volume, style, label)) in zip(axes, pictures.items()):
         shown = ax.imshow(np.asarray(volume[:, y]).T, origin="lower", **style)
         ax.contour(study.seg[:, y].T, [0.5], colors=TRUTH, linewidths=1)
         ax.set(title=title, xticks=[], yticks=[])
-        bar = fig.colorbar(shown, ax=ax, location="bottom", shrink=0.9)
+        bar = fig.colorbar(shown, ax=ax, location="bottom", shrink=0.9, label=label)
     bar.set_ticks([-top, 0, top], labels=[f"{-top:.0e}", "0", f"{top:.0e}"])
     plt.show()
     print(f"loss {loss.item():.3f}")
@@ -665,12 +685,13 @@ mean = x.mean()
 print(f"in float64          {x.double().var(correction=0).item():.6f}")
 print(f"E[(x - mean)^2]     {((x - mean) ** 2).mean().item():.6f}")
 print(f"E[x^2] - mean^2     {((x**2).mean() - mean**2).item():.6f}")
+print(f"floats next to mean^2 are {np.spacing(np.float32(mean**2)):.2g} apart")
 
 # %% [markdown]
-# A float32 has 24 binary digits. $x^2$ is about 1,000,000, where neighboring floats are 0.06 apart:
-# a variance of 0.01 is below the last digit of both terms, and their difference is only rounding
-# error. It may even be negative, and its root NaN. In general the error is about $2^{-24} \mu^2$,
-# so *relative* to the variance
+# A float32 has 24 binary digits. Neighboring floats of the size of $x^2$ are further apart than the
+# variance (the last line): it is below the last digit of both terms, and their difference is only
+# rounding error. It may even be negative, and its root NaN. In general the error is about
+# $2^{-24} \mu^2$, so *relative* to the variance
 #
 # $$\text{error} \approx 2^{-24} \left(\frac{\mu}{\sigma}\right)^2.$$
 #
@@ -688,13 +709,13 @@ print(f"E[x^2] - mean^2     {((x**2).mean() - mean**2).item():.6f}")
 # M_2 = M_{2,a} + M_{2,b} + d^2\,\frac{n_a n_b}{n}$$
 
 
-# %%
+# %% tags=["exercise"]
 def my_merge(a, b):
     """(n, mean, M2) of two blocks -> (n, mean, M2) of both together."""
     raise NotImplementedError  # your turn
 
 
-# %%
+# %% tags=["check"]
 def block_stats(x):
     """(n, mean, M2) of one block. x - x[0] is small, and exact if the mean is large."""
     d = x - x[0]
@@ -717,6 +738,8 @@ def check_merge(merge):
         found = merged_variance(x, merge).item()
     except NotImplementedError:
         return print("not yet: my_merge is empty")
+    except TypeError as error:  # what it returns is not (n, mean, M2)
+        return print("not yet:", error)
     exact = x.double().var(correction=0).item()
     if abs(found - exact) < 1e-5 * exact:
         print("right")
@@ -730,7 +753,7 @@ check_merge(my_merge)
 # The answer (folded):
 
 
-# %% jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["solution"]
 def merge(a, b):
     (n_a, mean_a, m_a), (n_b, mean_b, m_b) = a, b
     n = n_a + n_b
@@ -757,7 +780,7 @@ def merged(x):
 formulas = {  # formula, color and marker
     "E[x²] − mean²: one pass": (one_pass, RED, "o-"),
     "E[(x − mean)²]: two passes": (two_passes, BLUE, "s--"),
-    "merged blocks: one pass": (merged, GREEN, "^-"),
+    "merged blocks: one pass": (merged, SKY, "^-"),
 }
 means = np.logspace(-2, 5, 22)
 noise = torch.randn(32**3, dtype=torch.float64)
@@ -780,13 +803,17 @@ ax.set(ylim=(5e-10, 1e6), title="Three formulas that are equal on paper, in floa
 ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
 ax.grid(alpha=0.3)
 plt.show()
+for name in formulas:
+    useless = means[np.array(errors[name]) > 1]
+    start = f"for means from {useless[0]:.0f} on" if len(useless) else "for none of these means"
+    print(f"{name:28} meaningless {start}; largest error {max(errors[name]):.0e}")
 
 # %% [markdown]
-# The tempting formula loses two digits for every factor of ten, as predicted, and its result is
-# noise once the mean exceeds a few hundred. Merged blocks stay accurate far beyond that, and also
-# need one pass. Do means so far from zero occur? Convolutions have biases, images have offsets (CT
-# in Hounsfield units is −1000 in air), and nothing in a network keeps a channel near zero *before*
-# its norm. Here is what a network would see:
+# The tempting formula loses two digits for every factor of ten, as predicted, until its result is
+# noise (the lines above say from which mean on). Merged blocks stay accurate far beyond that, and
+# also need one pass. Do means so far from zero occur? Convolutions have biases, images have offsets
+# (CT in Hounsfield units is −1000 in air), and nothing in a network keeps a channel near zero
+# *before* its norm. Here is what a network would see:
 
 # %%
 from kernels import norm_act_ref
@@ -798,10 +825,12 @@ x = x + 0.3 * torch.randn(32, 32, 8)
 x = (1000 + 0.1 * x / x.std())[None, None]  # (1, 1, 32, 32, 8), mean 1000, deviation 0.1
 naive = (x - x.mean()) / ((x**2).mean() - x.mean() ** 2 + 1e-5).sqrt()
 if triton:
-    with count_triton() as traffic:
-        norm_act_triton(x)  # no affine parameters and no slope: the norm alone
-    print(f"norm_act_triton: {total(traffic).bytes / x.numel():.2f} bytes per element,", end=" ")
-    print("launches of", ", ".join(traffic))
+    for volume in (x, torch.randn(1, 1, 32, 32, 32)):
+        with count_triton() as traffic:
+            norm_act_triton(volume)  # no affine parameters and no slope: the norm alone
+        per_element = total(traffic).bytes / volume.numel()
+        print(f"norm_act_triton of {volume.numel()} elements: {per_element:.2f} bytes", end=" ")
+        print("per element, launches of", ", ".join(traffic))
 pictures = {
     "definition, float64": norm_act_ref(x, upcast=True),
     "E[x²] − mean²": naive,
@@ -811,12 +840,13 @@ fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 for ax, (title, y) in zip(axes, pictures.items()):
     shown = ax.imshow(y[0, 0, :, :, 4], cmap="RdBu_r", vmin=-3, vmax=3)
     ax.set(title=f"{title}\nstandard deviation {y.std().item():.3f}", xticks=[], yticks=[])
-fig.colorbar(shown, ax=axes, shrink=0.8)
+fig.colorbar(shown, ax=axes, shrink=0.8, label="normalized value")
 plt.show()
 
 # %% [markdown]
-# The kernel reads x twice (for the statistics, then for the norm) and writes y once: 12 bytes per
-# element, the minimum for a volume that does not fit into a multiprocessor.
+# A small volume fits into the registers of one program, which reads x once and writes y once (the
+# first line). A large one does not: the kernel reads x twice, for the statistics and then for the
+# norm (the second line), which is the minimum there.
 #
 # ## What the compiler makes of it
 #
@@ -825,7 +855,7 @@ plt.show()
 #
 # * **Load width.** The threads of a program, here 256, share its block. One instruction can read up
 #   to 128 bits, that is four floats, per thread. The compiler uses this only if it can prove that
-#   the addresses are multiples of 16 bytes.
+#   the addresses are multiples of those 128 bits.
 # * **Registers.** A thread holds its numbers in at most 255 registers of 32 bits. Numbers that do
 #   not fit are **spilled** to memory, which causes the traffic that we want to avoid.
 # * **Occupancy.** A multiprocessor of these GPUs has 65,536 registers for all programs that run on
@@ -878,6 +908,10 @@ if triton:
         aligned = "yes" if r["aligned"] else "no"
         print(f"{r['block']:6} {aligned:7} {r['registers']:9} {r['spilled']:7}", end=" ")
         print(f"{r['loads']:5}  {r['example']}")
+    loads = {(r["block"], r["aligned"]): r["loads"] for r in compiled}
+    more = [loads[block, False] / loads[block, True] for block, aligned in loads if aligned]
+    if more:
+        print(f"not aligned: {min(more):.1f} to {max(more):.1f} times the loads of aligned")
 
 # %%
 if triton:
@@ -899,9 +933,9 @@ if triton:
 
 # %% [markdown]
 # With the guarantee a thread reads four floats, or sixteen labels, at once. Without it, a thread
-# reads one number at a time and needs about four to five times as many instructions. A volume whose
-# n is not a multiple of 16 gets this slower kernel. Larger blocks keep more loads in progress at
-# the same time, and use more registers, until they spill.
+# reads one number at a time and needs several times as many instructions (the last line). A volume
+# whose n is not a multiple of 16 gets this kernel. Larger blocks keep more loads in progress at the
+# same time, and use more registers, until they spill.
 #
 # `benchmarks/budget.py` does this for every kernel of this repository and for four GPUs. It
 # compiles, reads the machine code, and fails if a kernel spills, or loads less than 128 bits at a
@@ -921,8 +955,8 @@ families = [
 styles = {
     "sm_80": (BLUE, "|"),
     "sm_90": (ORANGE, "x"),
-    "sm_100": (GREEN, "+"),
-    "gfx942": (PINK, "."),
+    "sm_100": (SKY, "+"),
+    "gfx942": ("black", "."),
 }
 fig, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
 for y, family in enumerate(families):
@@ -958,4 +992,4 @@ print(f"so {fit} programs fit on a multiprocessor")
 #   pass, bytes and layout, as here, and depends on no other file.
 # * `python benchmarks/traffic.py` and `benchmarks/budget.py`: the counts and the compiler's table,
 #   computed on your machine. `benchmarks/kernels.py` measures times if there is a GPU.
-# * `tutorials/exercises.md`: a Tversky term in the kernel, and nine more exercises.
+# * [`exercises.md`](exercises.md): a Tversky term in the kernel, and more.

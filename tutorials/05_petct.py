@@ -1,10 +1,11 @@
 # %% [markdown]
 # # 5. PET/CT: train a v3, then look at its errors
 #
-# This notebook trains Mirror U-Net v3 on whole bodies, in a minute or two. The rest of it is about
-# what a mean Dice hides: *which* lesions were missed, *what* was taken for a lesion, and what the
-# classifier adds. You need the abstract of the paper; the first notebook takes the network apart,
-# and the second explains the loss. You need no GPU and no download.
+# This notebook trains Mirror U-Net v3 on whole bodies, briefly. The rest of it is about what a mean
+# Dice hides: *which* lesions were missed, *what* was taken for a lesion, and what the classifier
+# adds. You need the abstract of the paper; the first notebook takes the network apart, and the
+# second explains the loss. You need no GPU and no download
+# ([how long it takes](../results/tutorials.csv)).
 #
 # The patients are synthetic (`phantom.py`), so the numbers say nothing about real patients. The
 # same cells work with your own studies: set `ROOT` to a folder in AutoPET's layout, in which each
@@ -22,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import json
 import sys
 
-sys.path.append(".")
+sys.path += [".", "tutorials"]
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -32,6 +33,7 @@ from scipy import ndimage
 
 import figures
 import predict
+import slices
 import train
 from config import parse_config
 from evaluate import mean_of
@@ -40,10 +42,10 @@ from patches import Augmentation, PatchDataset
 
 plt.rcParams["figure.dpi"] = 90
 # Colors of the Okabe-Ito palette, for color-blind readers, too.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+BLUE, SKY, RED, YELLOW = "#0072B2", "#56B4E9", "#D55E00", "#F0E442"
 
 ROOT = None  # None: synthetic patients; or a folder, for example "/data/FDG-PET-CT-Lesions"
-STEPS = 300  # a minute or two on two cores; the last section says what good results need
+STEPS = 200  # few, to be fast; the last section says what good results need
 
 # %% [markdown]
 # ## The studies
@@ -71,13 +73,23 @@ print(f"voxels of {config.spacing} mm, patches of {config.patch}, widths {config
 
 # %% [markdown]
 # PET is shown as a **maximum-intensity projection**: each pixel is the highest value along the line
-# of sight, here from front to back. High uptake is dark; the tumors are outlined.
+# of sight, here from front to back. High uptake is dark, and everything above the end of the scale
+# is black; the tumors are outlined.
 
 
 # %%
 def spacing_of(case):
     """The voxel size of a study on the network's grid, in mm."""
     return nib.affines.voxel_sizes(case.affine)
+
+
+def suv_of(case):
+    """The PET in SUV: the arrays hold a window of SUV, scaled to 0 to 1."""
+    low, high = config.preprocessing.suv_window
+    return low + (high - low) * case.array("image")[1].astype(np.float32)
+
+
+BLACK = min(10, config.preprocessing.suv_window[1])  # the SUV that is shown as black
 
 
 def projections(cases, columns=6):
@@ -90,9 +102,10 @@ def projections(cases, columns=6):
     for axis in axes.ravel():
         axis.axis("off")
     for axis, case in zip(axes.ravel(), cases):
-        mip, mm = case.array("image")[1].astype(np.float32).max(1), spacing_of(case)
-        style = dict(cmap="gray_r", vmin=0, vmax=np.percentile(mip, 99), aspect=mm[2] / mm[0])
-        axis.imshow(mip.T, origin="lower", **style)
+        mip, mm = suv_of(case).max(1), spacing_of(case)
+        style = dict(cmap="gray_r", vmin=0, vmax=BLACK, aspect=mm[2] / mm[0])
+        image = axis.imshow(mip.T, origin="lower", **style)
+    fig.colorbar(image, ax=axes, shrink=0.4, label="SUV", extend="max")
     return fig, axes.ravel()
 
 
@@ -103,6 +116,8 @@ for axis, case in zip(axes, shown):
     axis.set_title(title + ("" if case.tumor else "\nno tumor"), fontsize=8)
     if truth.any():
         axis.contour(truth.max(1).T, [0.5], colors=figures.TRUTH, linewidths=1.5)
+outline = plt.Line2D([], [], color=figures.TRUTH, label="true tumor")
+_ = fig.legend(handles=[outline], loc="outside lower center", fontsize=8)
 
 # %% [markdown]
 # No threshold on the uptake separates tumor from normal tissue: brain, heart, kidneys and bladder
@@ -162,7 +177,7 @@ for axis, (title, parts) in zip(axes, panels.items()):
 #
 # ## Two kinds of error, in milliliters
 #
-# A Dice of 0.6 can mean one tumor with inaccurate borders, or one that was found and one that was
+# The same Dice can mean one tumor with inaccurate borders, or one that was found and one that was
 # missed. For a patient these are different. The AutoPET challenge counts **connected components**
 # (of voxels that share a face or an edge):
 #
@@ -173,10 +188,9 @@ for axis, (title, parts) in zip(axes, panels.items()):
 #
 # **Your turn.** Write `attempt(mask, other)`, which returns the components of `mask` that `other`
 # does not touch, as a mask. `ndimage.label(mask, FACE_OR_EDGE)` returns the components, numbered
-# from 1, and their count; two or three lines are enough. The next cell has a solution, which is
-# checked against the FPV and FNV of the library.
+# from 1, and their count; two or three lines are enough.
 
-# %%
+# %% tags=["exercise"]
 FACE_OR_EDGE = ndimage.generate_binary_structure(3, 2)
 
 
@@ -184,12 +198,52 @@ def attempt(mask, other):
     raise NotImplementedError  # your turn
 
 
-# %%
+# %% tags=["check"]
+def line(*voxels):
+    """A mask (3, 3, 9) that is true at some voxels of its middle line."""
+    mask = np.zeros((3, 3, 9), bool)
+    mask[1, 1, list(voxels)] = True
+    return mask
+
+
+def check_untouched(function):
+    """Try three small examples, whose answers do not depend on any study."""
+    examples = {
+        "three components, of which `other` touches the first": (
+            (line(0, 1, 3, 6, 7), line(1, 8)),
+            line(3, 6, 7),
+        ),
+        "an empty `other` touches nothing": ((line(0, 1, 3), line()), line(0, 1, 3)),
+        "a component next to `other` is not touched by it": ((line(2, 3), line(4)), line(2, 3)),
+    }
+    for what, (arguments, expected) in examples.items():
+        try:
+            found = function(*arguments)
+        except NotImplementedError:
+            return print("not yet: attempt is empty")
+        if not np.array_equal(found, expected):
+            return print("not yet:", what)
+    print("right")
+
+
+check_untouched(attempt)
+
+# %% [markdown]
+# The answer (folded; click on the dots to open it):
+
+
+# %% jupyter={"source_hidden": true} tags=["solution"]
 def untouched(mask, other):
     components, _ = ndimage.label(mask, FACE_OR_EDGE)
     return mask & ~np.isin(components, components[other & mask])
 
 
+check_untouched(untouched)
+
+# %% [markdown]
+# Now the held-out patients. The solution has to give the FPV and FNV of the library:
+
+# %%
 probability, score = {}, {}
 for case in held_out:
     maps, score[case.name] = run.predict(case, last=True)  # last: averaged over mirror images
@@ -206,21 +260,6 @@ def numbers_of(case, threshold=config.threshold):
     return case_metrics(*masks_of(case, threshold), spacing_of(case))
 
 
-def check(function):
-    """Compare with `untouched`, in a small example and in all held-out studies."""
-    mask, other = np.zeros((2, 3, 3, 9), bool)
-    mask[1, 1, [0, 1, 3, 6, 7]] = True  # three components
-    other[1, 1, [1, 8]] = True  # touches the first one only
-    pairs = [(mask, other)]
-    for case in held_out:
-        pred, truth = masks_of(case)
-        pairs += [(pred, truth), (truth, pred)]
-    try:
-        return all(np.array_equal(function(a, b), untouched(a, b)) for a, b in pairs)
-    except NotImplementedError:
-        return False
-
-
 for case in held_out:
     pred, truth = masks_of(case)
     ml, numbers = voxel_ml(spacing_of(case)), numbers_of(case)
@@ -228,17 +267,16 @@ for case in held_out:
     if truth.any():
         assert np.isclose(untouched(truth, pred).sum() * ml, numbers["fnv_ml"])
 print(f"the solution gives the library's FPV and FNV in {len(held_out)} studies")
-print("your attempt:", "right" if check(attempt) else "not yet")
 
 # %% [markdown]
 # ## Case by case
 #
 # Now we can look at the errors. Each component has a color and a symbol: true tumors that were
-# found (green, disc), predicted components without a true voxel (orange, cross), and missed tumors
-# (blue, triangle). The dashed line is the outline of the prediction of found tumors.
+# found (sky blue, disc), predicted components without a true voxel (vermillion, cross), and missed
+# tumors (yellow, triangle). The dashed line is the outline of the prediction of found tumors.
 
 # %%
-KINDS = {"found": (GREEN, "o"), "false": (ORANGE, "X"), "missed": (BLUE, "v")}
+KINDS = {"found": (SKY, "o"), "false": (RED, "X"), "missed": (YELLOW, "v")}
 
 
 def paint(axis, mask, kind):
@@ -275,11 +313,12 @@ _ = fig.legend(handles=[*marks, line], loc="outside lower center", ncols=4, font
 
 # %% [markdown]
 # The false components are at similar places in all patients: nearly all of them are in organs that
-# take up sugar. In the run that is kept here these are the bladder, the kidneys, brown fat at the
-# shoulders and parts of some hearts. The network has already learned to leave out the brain, the
-# darkest organ, except for a few voxels. An organ is as large as several lesions, so a few of them
-# make an FPV of tens of milliliters. A component that touches a true voxel does not count as FPV,
-# however far it extends; its excess lowers the Dice.
+# take up sugar (look for crosses at the bladder, the kidneys, the heart, and brown fat at the
+# shoulders). The brain, the darkest organ, is hardly ever marked: that it is no tumor has been
+# learned. An organ is as large as several lesions, so a few of them make a large FPV (the titles
+# have it). A component that touches a true voxel does not count as FPV, however far it extends; its
+# excess lowers the Dice
+# ([how far this can go](../results/README.md#measured-so-far)).
 #
 # What did the network take for a tumor? Here are the largest false component and the largest missed
 # lesion, each in the slice that contains most of it:
@@ -305,28 +344,56 @@ for row, kind in zip(axes, ("false", "missed")):
         continue
     case, wrong = worst[kind]
     z = int(wrong.sum((0, 1)).argmax())
-    ct, pet = case.array("image")[..., z].astype(np.float32)
+    low, high = config.preprocessing.ct_window
+    ct = low + (high - low) * case.array("image")[0, ..., z].astype(np.float32)
+    pet, here = suv_of(case)[..., z], probability[case.name][..., z]
     others = (case.array("label")[..., z] > 0) & ~wrong[..., z]
     pictures = {
-        "CT": (ct, dict(cmap="gray", vmin=0, vmax=1)),
-        "PET": (pet, dict(cmap="gray_r", vmin=0, vmax=max(pet.max(), 1e-3))),
-        "probability": (probability[case.name][..., z], dict(cmap="magma", vmin=0, vmax=1)),
+        "CT": (ct, dict(cmap="gray", vmin=low, vmax=high), "HU"),
+        "PET": (pet, dict(cmap="gray_r", vmin=0, vmax=BLACK), "SUV"),
+        "prediction": (here, dict(cmap="magma", vmin=0, vmax=1), "probability"),
     }
-    for axis, (name, (image, style)) in zip(row, pictures.items()):
-        axis.imshow(image.T, origin="lower", **style)
-        axis.contour(wrong[..., z].T, [0.5], colors=KINDS[kind][0], linewidths=1.5)
+    for axis, (name, (image, style, label)) in zip(row, pictures.items()):
+        image = axis.imshow(image.T, origin="lower", **style)
+        fig.colorbar(image, ax=axis, shrink=0.7, label=label)
+        for color, width in (("black", 3), (KINDS[kind][0], 1.5)):  # yellow on white needs an edge
+            axis.contour(wrong[..., z].T, [0.5], colors=color, linewidths=width)
         if others.any():
-            axis.contour(others.T, [0.5], colors=GREEN, linewidths=1, linestyles="--")
+            axis.contour(others.T, [0.5], colors=SKY, linewidths=1, linestyles="--")
         title = f"{name}: largest {kind} component" if name == "CT" else name
         axis.set_title(title, fontsize=9)
+    ml = wrong.sum() * voxel_ml(spacing_of(case))
+    sure = probability[case.name][wrong].max()
+    print(f"largest {kind} component: {ml:.1f} ml, highest probability in it {sure:.2f}")
+lines = {
+    "false component": dict(color=RED),
+    "missed lesion": dict(color=YELLOW),
+    "true tumor": dict(color=SKY, ls="--"),
+}
+marks = [plt.Line2D([], [], label=name, **style) for name, style in lines.items()]
+_ = fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8, facecolor="0.8")
 
 # %% [markdown]
 # The slices are seen from the feet, as radiologists see them: the left side of the patient is on
-# the right. In the run that is kept here the false component is a kidney, whose bright center looks
-# like a lesion on PET, and the network is certain about it. The missed one is a small lesion next
-# to the heart and about as dark as the heart; its probability is close to 0. CT could have helped
-# with both, but the segmentation of v3 reads PET only: CT acted on the shared weights during
-# training.
+# the right. Which organ is the false component, and what is next to the missed lesion? The lines
+# above say how certain the network is. CT could have helped with both, but the segmentation of v3
+# reads PET only: CT acted on the shared weights during training.
+#
+# A reader of such a study scrolls through it. Here is the patient with the largest false component,
+# in slices from the lowest to the highest outline (and with a slider, if ipywidgets is installed
+# and you run this cell):
+
+# %%
+case = worst["false"][0] if "false" in worst else held_out[0]
+pred, truth = masks_of(case)
+pictures = {
+    "PET": (suv_of(case), dict(cmap="gray_r", vmin=0, vmax=BLACK), "SUV"),
+    "prediction": (probability[case.name], dict(cmap="magma", vmin=0, vmax=1), "probability"),
+}
+outlines = {"truth": truth, "prediction": pred}
+browser = slices.show(pictures, outlines, spacing_of(case), plane="axial", number=6)
+
+# %% [markdown]
 #
 # ## A trade-off between the errors
 #
@@ -367,7 +434,7 @@ for axis, (key, title) in zip(axes, titles.items()):
 # patch is the highest of its cells, and the score of a patient the highest of all windows of the
 # body. The hope is this: *if the score is low, the patient has no tumor, and every predicted
 # component is false*. Is the score good enough? The **AUC** is the probability that a patient with
-# tumor has a higher score than a patient without: 1 is perfect, 0.5 is guessing. For comparison we
+# tumor has a higher score than a patient without. For comparison we
 # take a score that needs no classifier, the segmented volume.
 
 # %%
@@ -395,8 +462,12 @@ results = {
     f"classifier, {cohort}": (scores, has_tumor),
     f"segmented volume, {cohort}": (volume, has_tumor),
 }
+print("an AUC of 1 is perfect, one of 0.5 guessing")
 for name, (values, truth) in results.items():
     print(f"AUC {patient_metrics(values, truth)['auc']:.2f}  {name}")
+pairs = has_tumor.sum() * (~has_tumor).sum()
+if pairs:
+    print(f"{pairs} pairs of patients: one that changes its order moves the AUC by {1 / pairs:.2f}")
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 bins = np.linspace(0, 1, 21)
@@ -407,7 +478,7 @@ without = ~has_tumor
 axes[1].plot(scores[has_tumor], fpv[has_tumor], "o", color=RED, label="with tumor")
 axes[1].plot(scores[without], fpv[without], "s", mfc="none", color=BLUE, label="without tumor")
 axes[1].set(title="patients", xlabel="score: highest of the windows", ylabel="FPV, ml")
-axes[1].set_xlim(-0.02, 1.02)
+axes[1].margins(x=0.08)  # the scores may lie close together
 for axis in axes:
     axis.legend(fontsize=8, loc="upper left")
 
@@ -419,9 +490,10 @@ for axis in axes:
 # all cells, so that no tumor is averaged away. The release's classifier, one number per patch from
 # the bottleneck alone, learns next to nothing in such short runs ([why](../docs/tasks.md)).
 #
-# For patients be careful: seven with tumor and five without make 35 pairs, so one pair that changes
-# its order moves the AUC by 0.03, and another seed trains another network. The segmented volume,
-# which costs nothing extra, is a strong rival.
+# For patients be careful: this is one network, of one seed, and few pairs (the last line above says
+# how much one pair counts). Compare the AUC of the segmented volume, which costs nothing extra.
+# [docs/tasks.md](../docs/tasks.md#classification-a-classifier-of-cells) has longer runs with three
+# seeds.
 #
 # **Your turn.** Use the score as a gate: empty the prediction of every study whose score is below
 # $s$. What happens to the mean FPV, and how many patients lose a tumor that had been found? Draw
@@ -458,13 +530,13 @@ print(f"removes {max(saved, default=0.0):.1f} ml of it")
 # Serious runs use the program instead of the notebook:
 #
 # ```
-# python train.py                                            # the phantom, about five minutes
-# python train.py --data petct --root ROOT --model v3        # your studies, 12 minutes of training
+# python train.py                                            # the phantom
+# python train.py --data petct --root ROOT --model v3        # your studies, on a laptop
 # python train.py --preset autopet --root ROOT --model v3    # the paper's options, for a GPU
 # ```
 #
-# `results/README.md` has the results of such runs. The network trained above is a checkpoint like
-# theirs:
+# [results/README.md](../results/README.md) has the results of such runs and how long they took. The
+# network trained above is a checkpoint like theirs:
 
 # %%
 case = next((c for c in held_out if c.tumor), held_out[0])

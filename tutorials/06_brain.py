@@ -5,8 +5,8 @@
 # MR images of a brain, and the three decoders compute three *segmentations*. This notebook trains
 # such a network, looks at its results for single patients, and then shows how to use other images,
 # other labels, and your own tasks. You need the abstract of the paper; the first notebook takes the
-# network apart. The notebook computes for two or three minutes on two cores, without a GPU and
-# without a download: the patients are synthetic (`phantom.py`).
+# network apart. You need no GPU and no download: the patients are synthetic (`phantom.py`)
+# ([how long it takes](../results/tutorials.csv)).
 
 # %%
 import os
@@ -22,7 +22,7 @@ import sys
 from dataclasses import replace
 from typing import NamedTuple
 
-sys.path.append(".")
+sys.path += [".", "tutorials"]
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -36,6 +36,7 @@ import figures
 import losses
 import mirror_unet
 import predict
+import slices
 import train
 from config import parse_config
 from metrics import lesion_metrics
@@ -44,7 +45,7 @@ from patches import Augmentation, PatchDataset
 plt.rcParams["figure.dpi"] = 90
 # Colors of the Okabe-Ito palette, for color-blind readers, too.
 SKY, YELLOW, RED = "#56B4E9", "#F0E442", "#D55E00"
-STEPS, FEWER = 160, 100  # of the first training, and of the two others
+STEPS, FEWER = 90, 60  # of the first training, and of the two others
 
 # %% [markdown]
 # ## Four images of one head
@@ -72,12 +73,14 @@ def fill(axis, mask, color, hatch):
         axis.contourf(mask.T, levels, colors=[color], hatches=[hatch], alpha=0.75)
 
 
-def legend(fig, looks):
-    """Add a legend of {name: (color, hatch)}."""
+def legend(fig, looks, outlines=()):
+    """Add a legend of {name: (color, hatch)}, and of {name: (color, line style)}."""
     marks = [
         plt.Rectangle((0, 0), 1, 1, fc=color, hatch=hatch, label=name)
         for name, (color, hatch) in looks.items()
     ]
+    for name, (color, style) in dict(outlines).items():
+        marks.append(plt.Line2D([], [], color=color, ls=style, label=name))
     fig.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
 
 
@@ -101,7 +104,8 @@ for code, (color, hatch) in enumerate(LABELS.values(), start=1):
 legend(fig, LABELS)
 
 # %% [markdown]
-# Each image shows a different part best: **FLAIR** shows the edema (bright, while the water in the
+# (The gray values of MR have no unit; each image is scaled by itself.) Each image shows a different
+# part best: **FLAIR** shows the edema (bright, while the water in the
 # ventricles stays dark), **T2w** the core (brighter than the edema around it, although the
 # ventricles are bright, too), and **T1gd** the enhancing rim of the core. So each image should get
 # the task for which it is good. This is the preset `brain`, version v2:
@@ -138,14 +142,20 @@ run = train.Run(config, train_cases, held_out)
 run.train()
 
 # %%
+lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+rows = [row for row in map(json.loads, lines) if "loss" in row]
+print("mean of the last 20 steps:")
+for task in config.targets:
+    ends = [np.mean([row[f"{task}_{name}"] for row in rows[-20:]]) for name in ("dice", "ce")]
+    print(f"{task:6} Dice loss {ends[0]:.2f}   cross entropy {ends[1]:.3f}")
 Image(run.folder / "curves.png")
 
 # %% [markdown]
-# There are three Dice losses and three cross entropies, one of each per task. Those of the whole
-# tumor stay the highest. Two reasons are likely: there are no skip connections, and the last layer
-# of this decoder has a norm and a PReLU (the other two decoders end in a bare convolution), so that
-# its logits stay moderate and its probabilities away from 0 and 1. This matters for the soft Dice
-# of the loss, and less for the Dice of the masks, on the right.
+# There are three Dice losses and three cross entropies, one of each per task. Compare those of the
+# whole tumor with the others. Two reasons for a difference are likely: there are no skip
+# connections, and the last layer of this decoder has a norm and a PReLU (the other two decoders end
+# in a bare convolution), so that its logits stay moderate and its probabilities away from 0 and 1.
+# This matters for the soft Dice of the loss, and less for the Dice of the masks, on the right.
 #
 # ## Patient by patient
 #
@@ -185,6 +195,7 @@ for case in held_out:
     maps, _ = run.predict(case, last=True)
     masks[case.name] = dict(zip(config.targets, maps >= config.threshold))
 
+LINES = {"truth": (figures.TRUTH, "-"), "prediction": (figures.PREDICTION, "--")}
 fig, axes = plt.subplots(3, 3, figsize=(8, 9), layout="constrained")
 for row, case in zip(axes, held_out):
     t2w, flair, label, z = arrays_of(case)
@@ -196,13 +207,30 @@ for row, case in zip(axes, held_out):
         outlines(axis, picture[..., z], truth[..., z], pred[..., z], title)
     place = dict(ha="right", va="center", transform=row[0].transAxes)
     row[0].text(-0.05, 0.5, case.name, rotation=90, fontsize=9, **place)
+legend(fig, {}, LINES)
 
 # %% [markdown]
 # The outlines of core and edema follow edges that are visible in the images. The whole tumor is a
-# rounded shape that does not follow the border: this is what a decoder without skip connections can
-# know. In Mirror U-Net it need not be the best segmentation; its purpose is that both branches
-# carry what they know about the tumor to the bottleneck.
+# rounded shape that does not follow the border: this decoder has no skip connections. The paper's
+# idea is that its task makes both branches carry what they know about the tumor to the bottleneck.
+# Whether that helps the other two tasks, this notebook does not show; in our runs on phantoms v1,
+# which has no such decoder, and v2 cannot be distinguished
+# ([results](../results/README.md#the-brain-rows-on-phantoms)).
 #
+# Scroll through the first of these patients, to see how far a rounded shape can go wrong (slices
+# from the lowest to the highest outline, and a slider if ipywidgets is installed and you run this
+# cell):
+
+# %%
+case = held_out[0]
+pictures = {}
+for name, picture in zip(("T2w", "FLAIR"), arrays_of(case)):
+    limits = dict(zip(("vmin", "vmax"), np.percentile(picture, (1, 99.8))))
+    pictures[name] = (picture, dict(cmap="gray", **limits), "no unit")
+whole = {"truth": case.array("label") > 0, "prediction": masks[case.name]["whole"]}
+browser = slices.show(pictures, whole, config.spacing, number=6)
+
+# %% [markdown]
 # **Your turn.** Three decoders answer three questions, and nothing makes the answers agree. By
 # definition the core and the edema are parts of the whole tumor and do not overlap. Count the
 # predicted voxels of the held-out patients that break either rule. The next cell has the answer.
@@ -236,11 +264,9 @@ for axis, case in zip(axes[0], held_out):
     fill(axis, core, *CODES["core"])
     fill(axis, edema & ~core, *CODES["edema"])
     axis.contour(label[..., z].T, [0.5, 1.5], colors="black", linewidths=1)
-legend(fig, CODES)
+legend(fig, CODES, {"true borders of both": ("black", "-")})
 
 # %% [markdown]
-# (The black lines are the true borders of both.)
-#
 # ## Your own images and labels
 #
 # **Two properties of a case determine what the branches read and learn**; `find_brain` takes both
@@ -293,12 +319,13 @@ for row, case in zip(axes, my_held_out):
     for axis, (task, (picture, title)) in zip(row, pictures.items()):
         truth = true_masks(label)[task]
         outlines(axis, picture[..., z], truth[..., z], pred[task][..., z], title)
+legend(fig, {}, LINES)
 
 # %% [markdown]
-# The rim is thin, but it is learned quickly, because T1gd shows it brighter than everything around
-# it. The other branch now has the harder task, the tumor *without* its rim, from an image that
-# hardly shows the rim: it tends to fill it in. How difficult a task is depends on the image, and
-# that is the reason to choose.
+# The rim is thin, but T1gd shows it brighter than everything around it: compare its Dice with that
+# of the whole core in the first table, which had more steps. The other branch now has the tumor
+# *without* its rim, from an image that hardly shows the rim: look whether its outline leaves the
+# rim out. How difficult a task is depends on the image, and that is the reason to choose.
 #
 # To train like this from the command line, write the two properties into a `dataset.json`.
 # `find_brain` gives the channel whose name contains "t2" to the first branch, and the one with
@@ -430,16 +457,17 @@ for row, case in zip(axes, held_out):
         axis.imshow(picture[..., z].T, origin="lower", cmap="gray")
         axis.set_title(f"{name}, reconstructed", fontsize=9)
         axis.axis("off")
+legend(fig, {}, LINES)
 
 # %% [markdown]
 # The first branch separates three classes in one image, and T2w shows the edema less clearly than
 # FLAIR does: compare its edema with that of the first training (which also had more steps). The
 # bottleneck's reconstruction is a blurred spot at the place of the tumor, with the checkerboard
 # pattern of transposed convolutions, and little else: this is what two segmenting branches have
-# stored there after a hundred steps.
+# stored there after so few steps.
 #
-# **Your turn**, this time without an answer: what changes with ten times the weight of the
-# reconstruction, or with ten times as many steps?
+# **Your turn**, this time without an answer: what changes with a much larger weight of the
+# reconstruction, or with many more steps?
 #
 # To make such a task an option of `train.py`, change these places: `TASKS`, `MirrorUNet.forward`
 # and its NamedTuple in `mirror_unet.py`; `MirrorLoss` in `losses.py`; `make_targets` in
