@@ -431,7 +431,7 @@ if triton is not None:
                 block += tl.load(first + part * width, mask=mask, other=0)
             instance = tl.sum(block, 1)
             if means is not None:
-                tl.store(means + (b * 2 + s) * C + c, instance / n, mask=(c < C) & (s < 2))
+                tl.store(means + (b * 2 + s) * C + c, instance / n, mask=c < C * (s < 2))
             total += instance
         tl.store(sums + s * C + c, total, mask=c < width)
 

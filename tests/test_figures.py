@@ -93,7 +93,7 @@ def test_colors_of_a_notebook_differ_for_every_reader(source):
     colors = {c.upper() for line in named for c in re.findall(r"#\w{6}", line)}
     used = set(re.findall(r"figures\.([A-Z]+)\b", text))
     boxes = {"CT", "PET", "GREY", "SHARED", "INK"}  # of diagrams, not of curves
-    for name in used - boxes - {"LINES", "CURVES"}:
+    for name in used - boxes - {"LINES", "CURVES", "OUTLINES"}:
         colors.add(getattr(figures, name).upper())
     colors |= set(figures.CURVES) if "CURVES" in used else set()
     assert not alike(sorted(colors))

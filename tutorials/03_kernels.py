@@ -42,7 +42,7 @@ import torch
 torch.manual_seed(0)
 plt.rcParams["figure.dpi"] = 90
 # Colors of the Okabe-Ito palette. No figure has two that color-blind readers would confuse.
-BLUE, ORANGE, RED, PINK, SKY = "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, RED, PINK, SKY = "#0072B2", "#EEBC4D", "#D55E00", "#CC79A7", "#56B4E9"
 TRUTH = SKY
 
 

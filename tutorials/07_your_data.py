@@ -67,7 +67,7 @@ from patches import Augmentation, PatchDataset
 
 plt.rcParams["figure.dpi"] = 90
 # Colors of the Okabe-Ito palette. Each kind has a symbol or a line style, too.
-BLUE, ORANGE, YELLOW, VERMILLION = "#0072B2", "#E69F00", "#F0E442", "#D55E00"
+BLUE, ORANGE, PINK, VERMILLION = "#0072B2", "#EEBC4D", "#CC79A7", "#D55E00"
 
 ROOT = None  # None: synthetic patients; or your folder, for example "/data/FDG-PET-CT-Lesions"
 
@@ -891,7 +891,7 @@ print(f"{len(near)} a probability of at least half the threshold")
 KINDS = {
     "found": dict(color=BLUE, marker="o"),
     "missed": dict(color=VERMILLION, marker="v"),
-    "false": dict(color=YELLOW, marker="X"),
+    "false": dict(color=PINK, marker="X"),
 }
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.3), layout="constrained")
 for name, style in (("found", KINDS["found"]), ("missed", KINDS["missed"])):
