@@ -4,12 +4,16 @@ Volumes are on the network's grid, (D, H, W) with axes left, anterior, superior;
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
+import base64
+import functools
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which chooses a backend
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path as Outline
@@ -257,6 +261,51 @@ def rejection(curves: dict[str, list[tuple]], out: Path) -> None:
     options = dict(title=title, title_fontsize=9, fontsize=9, ncols=4, frameon=False)
     fig.legend(marks, names, loc="outside lower center", **options)
     _save(fig, out)
+
+
+# --------------------------------------------------------------------------- pictures of web pages
+@functools.cache  # takes longer than a contour
+def _contour_axes():
+    return Figure().subplots()
+
+
+def web_outline(shares, kind: str) -> str:
+    """The SVG path around the pixels (rows, columns) above one half; kind is its CSS class.
+
+    It is coarser if it would be long, as the outlines of noise are: a page has a hundred of them.
+    """
+    edges = np.count_nonzero(np.diff(shares > 0.5))
+    stride = 1 + int(math.sqrt(edges / 400))
+    part = np.pad(shares[::stride, ::stride], 1)
+    if part.max() <= 0.5:
+        return ""
+    contours = _contour_axes().contour(part, levels=[0.5])
+    contours.remove()
+    lines = [(line - 1) * stride + 0.5 for line in contours.allsegs[0]]
+    path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) for line in lines)
+    return f'<path class="{kind}" d="{path}"/>'
+
+
+def web_picture(pixels, window, colors, marks, labels, right, up, alt, hide="") -> str:
+    """An image (rows, columns) in HTML, with the letters of the patient's sides at its border.
+
+    window: what is drawn in the first and the last of the colors. marks: SVG; labels: (words, x, y)
+    in pixels. right, up: where these lead in the patient, (x, y, z). alt: what it shows;
+    hide: an attribute of the figure.
+    """
+    height, width = pixels.shape
+    sides = [([-way for way in right], 2, height / 2), (right, width - 14, height / 2)]
+    for way, *place in (*sides, (up, width / 2, 12)):
+        side = "".join(p[int(d < 0)] for p, d in zip(("RL", "AP", "SI"), way) if abs(d) > 0.4)
+        labels = [*labels, (side, *place)]
+    texts = [f'<text x="{x:.0f}" y="{y:.0f}">{words}</text>' for words, x, y in labels]
+    file = io.BytesIO()
+    options = dict(format="jpeg", pil_kwargs=dict(quality=80))
+    imsave(file, pixels, vmin=window[0], vmax=window[1], cmap=colors, **options)
+    return f"""<figure{hide}><img alt="{alt}" width="{width}" height="{height}" decoding="sync"
+src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">
+<svg viewBox="0 0 {width} {height}" aria-hidden="true">{"".join([*marks, *texts])}</svg>
+<figcaption aria-hidden="true">{alt}</figcaption></figure>"""
 
 
 # ------------------------------------------------------------------------------- the architecture
