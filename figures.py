@@ -286,25 +286,27 @@ def web_outline(shares, kind: str) -> str:
     return f'<path class="{kind}" d="{path}"/>'
 
 
-def web_picture(pixels, window, colors, marks, labels, right, up, alt, hide="") -> str:
+def web_picture(pixels, window, colors, marks, labels, size, right, up, alt, hide="") -> str:
     """An image (rows, columns) in HTML, with the letters of the patient's sides at its border.
 
     window: what is drawn in the first and the last of the colors. marks: SVG; labels: (words, x, y)
-    in pixels. right, up: where these lead in the patient, (x, y, z). alt: what it shows;
-    hide: an attribute of the figure.
+    in pixels, which is also the unit of their size. right, up: where these lead in the patient,
+    (x, y, z). alt: what it shows; hide: an attribute of the figure.
     """
     height, width = pixels.shape
-    sides = [([-way for way in right], 2, height / 2), (right, width - 14, height / 2)]
-    for way, *place in (*sides, (up, width / 2, 12)):
+    left = [-way for way in right]
+    sides = [(left, 2, height / 2), (right, width - 1.6 * size, height / 2), (up, width / 2, size)]
+    for way, *place in sides:
         side = "".join(p[int(d < 0)] for p, d in zip(("RL", "AP", "SI"), way) if abs(d) > 0.4)
         labels = [*labels, (side, *place)]
-    texts = [f'<text x="{x:.0f}" y="{y:.0f}">{words}</text>' for words, x, y in labels]
+    texts = [f'<text x="{x:.1f}" y="{y:.1f}">{words}</text>' for words, x, y in labels]
     file = io.BytesIO()
     options = dict(format="jpeg", pil_kwargs=dict(quality=80))
     imsave(file, pixels, vmin=window[0], vmax=window[1], cmap=colors, **options)
     return f"""<figure{hide}><img alt="{alt}" width="{width}" height="{height}" decoding="sync"
 src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">
-<svg viewBox="0 0 {width} {height}" aria-hidden="true">{"".join([*marks, *texts])}</svg>
+<svg viewBox="0 0 {width} {height}" font-size="{size:.1f}" aria-hidden="true">
+{"".join([*marks, *texts])}</svg>
 <figcaption aria-hidden="true">{alt}</figcaption></figure>"""
 
 

@@ -27,19 +27,20 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 STYLE = """
 html { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
 body { max-width: 1200px; margin: auto; padding: 1rem } h1, p { overflow-wrap: anywhere }
-.top { display: flex; flex-wrap: wrap; gap: 2rem } .top > * { flex: 2 1 320px; min-width: 0 }
-.top .lesions { flex-grow: 3 } .table { overflow-x: auto } [hidden] { display: none !important }
+.top { display: flex; flex-wrap: wrap; gap: 2rem } .top > * { flex: 1 1 300px; min-width: 0 }
+.top .lesions { flex-grow: 4 } .table { overflow: auto; max-height: 80vh }
 figure { display: inline-block; position: relative; width: 25%; min-width: 160px; margin: 0 }
 figure :is(img, svg) { display: block; width: 100%; height: auto; object-fit: contain }
-figure svg { position: absolute; inset: 0 } text { font: 600 11px sans-serif; paint-order: stroke }
 #frames > * { width: 100% } #frames :is(img, svg) { height: min(80vh, 44rem) }
+figure svg { position: absolute; inset: 0 } img { outline: 1px solid #ccc }
+text { font: 600 1em sans-serif; stroke: #fff; stroke-width: .2em; paint-order: stroke }
 path { fill: none; stroke: #fff; stroke-width: 1.6; vector-effect: non-scaling-stroke }
 .prediction { stroke: var(--prediction); stroke-dasharray: 5 2 } .truth { stroke: var(--truth) }
-text { stroke: #fff; stroke-width: 2px } #frames text { font-size: 7px }
+.bar { filter: drop-shadow(0 0 1px #000) } figcaption, th, td { font-size: 13px }
 .key { width: 2.5rem; height: .6rem } #controls { display: flex; gap: 1rem } #angle { flex: 1 }
 .grey { background: linear-gradient(to right, #fff, #000); border: 1px solid; padding: 0 3rem }
-th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd; font-size: 14px }
-img { outline: 1px solid #ccc } figcaption { font-size: .8rem } .bar { filter: drop-shadow(0 0 1px #000) }
+th, td { padding: .2rem .4rem; text-align: right; border-bottom: 1px solid #ddd }
+[hidden] { display: none !important }
 """
 SCRIPT = """
 const [angle, play, controls] = ["angle", "play", "controls"].map(x => document.getElementById(x));
@@ -143,22 +144,21 @@ def projections(volumes, affine, kinds, shown) -> tuple[str, float]:
     top = float(np.clip(np.ceil(np.percentile(volumes[0].max(1), 99)), 5, 15))
     x, y, height = volumes[0].shape
     line = np.arange(math.ceil(math.hypot(x, y)))
-    line = line - line.mean()
-    frames = []
+    line, size, frames = line - line.mean(), max(height / 50, len(line) / 30), []
     for degrees in range(0, 360, TURN):  # seen from the front, from the left, ...
         right = -np.exp(1j * math.radians(degrees))  # the viewer's, as x + iy
         rays = right * (line[:, None] + 1j * line)
         i = np.rint(rays.real + (x - 1) / 2).clip(0, x - 1).astype(int)
         j = np.rint(rays.imag + (y - 1) / 2).clip(0, y - 1).astype(int)
         pixels, *flat = (v[i, j].max(1)[:, ::-1].T for v in volumes)  # (Z, width)
-        marks, labels = [web_outline(f, kind) for f, kind in zip(flat, kinds)], []
+        marks, words = [web_outline(f, kind) for f, kind in zip(flat, kinds)], []
         for number, row in enumerate(shown, start=1):
             dx, dy, dz = (np.array([row[k] for k in CENTER]) - center) / step
             across = ((dx + 1j * dy) * right.conjugate()).real
-            labels.append((number, across + len(line) / 2 + 2, height / 2 - dz + 2))
+            words.append((number, len(line) / 2 + across + size / 4, height / 2 - dz + size / 3))
         ways = (right.real, right.imag, 0), (0, 0, 1)
         alt, hide = f"PET, turned by {degrees} degrees", " hidden" if degrees else ""
-        frames.append(web_picture(pixels, (0, top), "gray_r", marks, labels, *ways, alt, hide))
+        frames.append(web_picture(pixels, (0, top), "gray_r", marks, words, size, *ways, alt, hide))
     return "".join(frames), top
 
 
@@ -196,5 +196,5 @@ def slices(shown, numbers, images, masks, affine) -> str:
             for name, (volume, own, window, colors) in images.items():
                 pixels = sample(volume, own, *grid, fill=window[0])[..., 0].T
                 alt = f"Lesion {number}, {plane} {name}"
-                rows.append(web_picture(pixels, window, colors, marks, labels, right, up, alt))
+                rows.append(web_picture(pixels, window, colors, marks, labels, 11, right, up, alt))
     return "".join(rows)
