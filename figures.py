@@ -272,17 +272,19 @@ def _contour_axes():
 def web_outline(shares, kind: str) -> str:
     """The SVG path around the pixels (rows, columns) above one half; kind is its CSS class.
 
-    It is coarser if it would be long, as the outlines of noise are: a page has a hundred of them.
+    It is coarser if it would be long, as the outlines of noise are: a page has hundreds of them.
     """
     edges = np.count_nonzero(np.diff(shares > 0.5))
-    stride = 1 + int(math.sqrt(edges / 400))
-    part = np.pad(shares[::stride, ::stride], 1)
-    if part.max() <= 0.5:
-        return ""
-    contours = _contour_axes().contour(part, levels=[0.5])
-    contours.remove()
-    lines = [(line - 1) * stride + 0.5 for line in contours.allsegs[0]]
-    path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) for line in lines)
+    stride, path = 1 + int(math.sqrt(edges / 1000)), ""
+    while not path or len(path) > 5000:
+        part = np.pad(shares[::stride, ::stride], 1)
+        if part.max() <= 0.5:
+            return ""
+        contours = _contour_axes().contour(part, levels=[0.5])
+        contours.remove()
+        lines = [(line - 1) * stride + 0.5 for line in contours.allsegs[0]]
+        path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) for line in lines)
+        stride += 1
     return f'<path class="{kind}" d="{path}"/>'
 
 
@@ -300,9 +302,12 @@ def web_picture(pixels, window, colors, marks, labels, size, right, up, alt, hid
         side = "".join(p[int(d < 0)] for p, d in zip(("RL", "AP", "SI"), way) if abs(d) > 0.4)
         labels = [*labels, (side, *place)]
     texts = [f'<text x="{x:.1f}" y="{y:.1f}">{words}</text>' for words, x, y in labels]
-    file = io.BytesIO()
-    options = dict(format="jpeg", pil_kwargs=dict(quality=80))
-    imsave(file, pixels, vmin=window[0], vmax=window[1], cmap=colors, **options)
+    for quality in (80, 40, 10):  # the latter for noise: a page stays below 5 MB
+        file = io.BytesIO()
+        options = dict(cmap=colors, format="jpeg", pil_kwargs=dict(quality=quality))
+        imsave(file, pixels, vmin=window[0], vmax=window[1], **options)
+        if file.tell() <= 15_000:
+            break
     return f"""<figure{hide}><img alt="{alt}" width="{width}" height="{height}" decoding="sync"
 src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">
 <svg viewBox="0 0 {width} {height}" font-size="{size:.1f}" aria-hidden="true">
