@@ -306,7 +306,7 @@ def web_picture(pixels, window, colors, marks, labels, size, right, up, alt, hid
         file = io.BytesIO()
         options = dict(cmap=colors, format="jpeg", pil_kwargs=dict(quality=quality))
         imsave(file, pixels, vmin=window[0], vmax=window[1], **options)
-        if file.tell() <= 15_000:
+        if file.tell() <= 12_000:
             break
     return f"""<figure{hide}><img alt="{alt}" width="{width}" height="{height}" decoding="sync"
 src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">
