@@ -5,12 +5,16 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart, w
 and a darker green, so that any two of them differ enough (tests/test_figures.py).
 """
 
+import base64
+import functools
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which chooses a backend
+from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path as Outline
@@ -295,6 +299,58 @@ def rejection(curves: dict[str, list[tuple]], out: Path) -> None:
     options = dict(title=title, title_fontsize=9, fontsize=9, ncols=4, frameon=False)
     fig.legend(marks, names, loc="outside lower center", **options)
     _save(fig, out)
+
+
+# --------------------------------------------------------------------------- pictures of web pages
+@functools.cache  # takes longer than a contour
+def _contour_axes():
+    return Figure().subplots()
+
+
+def web_outline(shares, kind: str) -> str:
+    """The SVG path around the pixels (rows, columns) above one half; kind is its CSS class.
+
+    It is coarser if it would be long, as the outlines of noise are: a page has hundreds of them.
+    """
+    edges = np.count_nonzero(np.diff(shares > 0.5))
+    stride, path = 1 + int(math.sqrt(edges / 1000)), ""
+    while not path or len(path) > 5000:
+        part = np.pad(shares[::stride, ::stride], 1)
+        if part.max() <= 0.5:
+            return ""
+        contours = _contour_axes().contour(part, levels=[0.5])
+        contours.remove()
+        lines = [(line - 1) * stride + 0.5 for line in contours.allsegs[0]]
+        path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) for line in lines)
+        stride += 1
+    return f'<path class="{kind}" d="{path}"/>'
+
+
+def web_picture(pixels, window, colors, marks, labels, size, right, up, alt, hide="") -> str:
+    """An image (rows, columns) in HTML, with the letters of the patient's sides at its border.
+
+    window: what is drawn in the first and the last of the colors. marks: SVG; labels: (words, x, y)
+    in pixels, which is also the unit of their size. right, up: where these lead in the patient,
+    (x, y, z). alt: what it shows; hide: an attribute of the figure.
+    """
+    height, width = pixels.shape
+    left = [-way for way in right]
+    sides = [(left, 2, height / 2), (right, width - 1.6 * size, height / 2), (up, width / 2, size)]
+    for way, *place in sides:
+        side = "".join(p[int(d < 0)] for p, d in zip(("RL", "AP", "SI"), way) if abs(d) > 0.4)
+        labels = [*labels, (side, *place)]
+    texts = [f'<text x="{x:.1f}" y="{y:.1f}">{words}</text>' for words, x, y in labels]
+    for quality in (80, 40, 10):  # the latter for noise: a page stays below 5 MB
+        file = io.BytesIO()
+        options = dict(cmap=colors, format="jpeg", pil_kwargs=dict(quality=quality))
+        imsave(file, pixels, vmin=window[0], vmax=window[1], **options)
+        if file.tell() <= 12_000:
+            break
+    return f"""<figure{hide}><img alt="{alt}" width="{width}" height="{height}" decoding="sync"
+src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">
+<svg viewBox="0 0 {width} {height}" font-size="{size:.1f}" aria-hidden="true">
+{"".join([*marks, *texts])}</svg>
+<figcaption aria-hidden="true">{alt}</figcaption></figure>"""
 
 
 # ------------------------------------------------------------------------------- the architecture

@@ -31,13 +31,14 @@ from tqdm import tqdm
 
 import figures
 import files
+import report
 from config import FIELDS, Config, check_value
 from data import check_grid, load_images
 from device import autocast, check_device, use_kernels
 from evaluate import LESION_COLUMNS, describe_case, print_table, read_truth
 from files import UserError, overlap, read_header, read_nifti, run_program, same_grid, save_nifti
 from graph import Graph
-from layouts import Case, find_cases, study_of
+from layouts import Case, find_cases, stem, study_of
 from metrics import remove_small
 from mirror_unet import BrainOutput
 from options import Parser
@@ -52,8 +53,7 @@ def window_starts(shape, size, overlap: float = 0.5) -> list[tuple[int, ...]]:
     axes = []
     for n, s in zip(shape, size, strict=True):
         stride = max(1, int(s * (1 - overlap)))
-        count = -(-(n - s) // stride) + 1
-        axes.append([min(i * stride, n - s) for i in range(count)])
+        axes.append([*range(0, n - s, stride), n - s])
     return list(product(*axes))
 
 
@@ -93,21 +93,19 @@ def sliding_window(
     places = [tuple(slice(a, a + s) for a, s in zip(start, size)) for start in starts]
     weights, total = image.new_zeros(image.shape[1:]), image.new_zeros(())
     is_dark = [air is not None and bool(image[(-1, *p)].max() <= air) for p in places]
-    dark = [p for p, d in zip(places, is_dark) if d]
-    places = [p for p, d in zip(places, is_dark) if not d] + dark[:1]
-    batches = range(0, len(places), batch)
+    dark = [p for p, d in zip(places, is_dark) if d]  # they share an answer
+    groups = [[p] for p, d in zip(places, is_dark) if not d] + ([dark] if dark else [])
+    batches = range(0, len(groups), batch)
     for i in tqdm(batches, desc=title, unit="batch", leave=False, disable=title is None):
-        some = places[i : i + batch]
-        windows = torch.stack([image[(slice(None), *place)] for place in some])
+        some = groups[i : i + batch]
+        windows = torch.stack([image[(slice(None), *group[0])] for group in some])
         out = predict(windows).float()  # (N, K, *size)
         if not total.ndim:  # K is known now
             total = image.new_zeros(out.shape[1], *image.shape[1:])
-        for one, place in zip(out, some):
-            total[(slice(None), *place)] += one * weight
-            weights[place] += weight
-    for place in dark[1:]:
-        total[(slice(None), *place)] += one * weight  # type: ignore  # the last one's answer
-        weights[place] += weight
+        for one, group in zip(out, some):
+            for place in group:
+                total[(slice(None), *place)] += one * weight
+                weights[place] += weight
     inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, shape))
     return total.div_(weights)[(slice(None), *inner)]
 
@@ -304,7 +302,7 @@ def check_study(case: Case, models: list[tuple]) -> tuple[Case, str]:
 def predict_study(
     models: list[tuple], case: Case, out: Path, device="cpu", probabilities=False,
     min_lesion_ml: float = 0.0, tolerance: float = 2.0, reject_below: float = 0.0,
-    skip_air: float | None = None,
+    skip_air: float | None = None, page=False,
 ) -> Prediction:
     """Segment one study, write the mask on the input's grid, and score it if it has a truth.
 
@@ -317,6 +315,7 @@ def predict_study(
         min_lesion_ml: smaller components are no lesions. tolerance: of the surface Dice, mm.
         reject_below: the mask is empty if the tumor score is lower; NaN, no score, is not.
         skip_air: windows without a higher SUV all get the network's answer to one of them.
+        page: for PET/CT, also write report.py's page next to the mask.
     """
     c = models[0][1]
     used, problem = check_study(case, models)
@@ -339,15 +338,18 @@ def predict_study(
         mask = np.where(masks[0], 2, np.logical_or.reduce(masks[1:]))
     save_nifti(mask.astype(np.uint8), like, out)
 
-    truth = suv = None
+    truth = None
     try:
         truth = None if problem else read_truth(case)
     except UserError as e:
         problem = str(e)
-    if c.task == "petct":
-        suv = np.asarray(read_nifti(case.images[-1]).dataobj)
+    suv = np.asarray(read_nifti(case.images[-1]).dataobj) if c.task == "petct" else None
     rows, lesions = describe_case(case, truth, masks, c.targets, suv, tolerance)
     rows = [row | {"tumor_score": score, "rejected": int(score < reject_below)} for row in rows]
+    if page:
+        made = {"min_lesion_ml": min_lesion_ml, "reject_below": reject_below, "skip_air": skip_air}
+        path, notes = out.with_name(f"{stem(out)}.html"), report.describe(models, rows[0] | made)
+        report.write(path, case, suv, masks[0], like.affine, lesions, notes, truth)
     window = c.suv_window if c.task == "petct" else None
     tile = figures.tile(rows[0], image, predicted, truth, affine, window)
     return Prediction(rows, lesions, tile, problem)
@@ -360,10 +362,8 @@ def predict_ensemble(models, x: Tensor, title: str, skip_air=None) -> tuple[np.n
         low, high = c.suv_window
         air = None if skip_air is None else max(0.0, (skip_air - low) / (high - low))
         one, score = predict_image(
-            model, x, c.patch, c.overlap, c.batch,
-            flip_axes=c.flip_axes if c.flips else (),
-            amp=c.amp if x.device.type == "cuda" else "off",
-            title=title, graph=c.graph, air=air,
+            model, x, c.patch, c.overlap, c.batch, c.flip_axes if c.flips else (),
+            amp=c.amp if x.device.type == "cuda" else "off", title=title, graph=c.graph, air=air,
         )
         prob = one.div_(len(models)).add_(prob)
         scores += [] if score is None else [score]
@@ -406,6 +406,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--reject-below", type=float, help="empty masks of studies with a lower tumor score (off)")
     add("--skip-air", type=float, help="one answer for all windows without a higher SUV (off)")
     add("--tolerance-mm", type=float, default=2.0, help="of the surface Dice (2)")
+    add("--report", action="store_true", help="PET/CT: also write a page per study, OUT.html")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--graph", action="store_true", help="on CUDA: replay batches of windows as a CUDA graph")
     add("--device", default=default, help=f"cpu | cuda | cuda:1 ... ({default})")
@@ -440,8 +441,6 @@ def check_files(a: argparse.Namespace) -> None:
         raise UserError(f"--out {a.out}: a file; name a folder")
     if not a.root and not a.out.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"--out {a.out}: a mask is a NIfTI file; end the name in .nii.gz")
-    if not a.root and os.path.isdir(a.out):
-        raise UserError(f"--out {a.out}: a folder; name a file")
 
 
 def list_studies(a: argparse.Namespace, c: Config) -> list[tuple[Case, Path]]:
@@ -483,7 +482,7 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
         try:
             found = predict_study(
                 models, case, out, a.device, a.probabilities, a.min_lesion_ml, a.tolerance_mm,
-                a.reject_below or 0.0, a.skip_air,
+                a.reject_below or 0.0, a.skip_air, a.report,
             )
         except files.CannotWrite:
             raise
@@ -506,10 +505,9 @@ def predict_cases(models: list[tuple], cases: list[tuple[Case, Path]], a: argpar
         if a.root:
             left = (time.monotonic() - start) / done * (len(checked) - done) / 60
             words.append(f"{done} of {len(checked)}, {math.ceil(left)} min left")
-        print(f"{case.name} -> {out}: {', '.join(words)}", flush=True)
-        if a.root:  # each time, so a stopped run leaves its rows
-            files.write_table(rows, a.out / "metrics.csv")
+            files.write_table(rows, a.out / "metrics.csv")  # so a stopped run leaves its rows
             files.write_table(lesions, a.out / "lesions.csv", LESION_COLUMNS)
+        print(f"{case.name} -> {out}: {', '.join(words)}", flush=True)
     if a.root and rows:
         figures.overview(tiles, a.out / "overview.png")
         if scored:
@@ -535,14 +533,16 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{path}: {problem}; an ensemble needs networks of one kind")
     if a.reject_below is not None and not any("tumor" in d.network_tasks for _, d in models):
         raise UserError(f"{a.checkpoint[0]}: {c.model} has no tumor score for --reject-below")
-    if a.skip_air is not None and c.task == "brain":
-        raise UserError("--skip-air is an SUV: for PET/CT; leave it out")
+    if c.task == "brain" and (a.report or a.skip_air is not None):
+        raise UserError("--report and --skip-air need a PET; leave them out for brain MR")
     if len(models) > 1:
         print("mean of", ", ".join(f"{d.model} fold {d.fold}" for _, d in models), flush=True)
     cases = list_studies(a, c)
     outputs = [out for _, out in cases]
     if a.probabilities:
         outputs += [probability_path(out, target) for _, out in cases for target in c.targets]
+    if a.report:
+        outputs += [out.with_name(f"{stem(out)}.html") for _, out in cases]
     if a.root:
         outputs += [a.out / name for name in ("metrics.csv", "lesions.csv", "overview.png")]
     inputs = [path for case, _ in cases for path in case.files()]

@@ -37,6 +37,7 @@ SUPPORT = {
     "processes.py": "locks, child processes, cores and memory",
     "options.py": "options as fields: allowed values, checks, command line",
     "device.py": "what this machine can run: device, precision, kernels",
+    "report.py": "an HTML page per study: projection, slices, lesions",
     "graph.py": "a training step, or a batch of windows, replayed as a CUDA graph",
     "parallel.py": "several processes that equal one with the joined batch",
     "hatch_build.py": "`pip install .`: the package `mirrorunet`, made of these files",

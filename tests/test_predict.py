@@ -571,12 +571,12 @@ def test_options_that_cannot_work_are_refused(words, message):
         parse_arguments(["--checkpoint", "x", *words.split()])
 
 
-def test_a_mask_is_no_folder_and_masks_of_a_folder_are_no_file(tmp_path):
+def test_a_mask_is_no_folder_and_masks_of_a_folder_are_no_file(study, tmp_path):
     folder, file = tmp_path / "m.nii", tmp_path / "file"
     folder.mkdir()
     file.touch()
-    with refused("a folder; name a file"):
-        parse_arguments(["--checkpoint", "x", "--pet", "p.nii", "--out", str(folder)])
+    with refused("m.nii is a folder; choose another name"):
+        run(checkpoint(tmp_path / "w.pt"), "--pet", study / "SUV.nii.gz", "--out", folder)
     with refused("a file; name a folder"):
         parse_arguments(["--checkpoint", "x", "--root", "r", "--out", str(file)])
 
