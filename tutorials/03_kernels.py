@@ -958,4 +958,4 @@ print(f"so {fit} programs fit on a multiprocessor")
 #   pass, bytes and layout, as here, and depends on no other file.
 # * `python benchmarks/traffic.py` and `benchmarks/budget.py`: the counts and the compiler's table,
 #   computed on your machine. `benchmarks/kernels.py` measures times if there is a GPU.
-# * `tutorials/exercises.md`: a Tversky term in the kernel, and nine more exercises.
+# * `tutorials/exercises.md`: a Tversky term in the kernel, and eleven more exercises.
