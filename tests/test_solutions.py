@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_benchmarks import QUICK as BUDGET  # without the launches, whose count takes minutes
 from test_layouts import touch
 from test_style import tracked
 
@@ -93,6 +94,7 @@ def shell(tree, cache):
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
+    (tree / "quick.py").write_text(BUDGET.replace("BENCHMARKS", str(tree / "benchmarks")))
     mine = ("TRITON_INTERPRET", "MIRROR_UNET_KERNELS")  # what conftest.py has set
     environment = {k: v for k, v in os.environ.items() if k not in mine and "PYTEST" not in k}
     environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
@@ -100,6 +102,7 @@ def shell(tree, cache):
     def run(script: str, expected: int = 0) -> str:
         script = script.replace("train.py", f"train.py {QUICK} --cache {cache}")
         script = script.replace(" --minutes 1", "")
+        script = script.replace("benchmarks/budget.py", "quick.py")
         script = script.replace("--targets sm_80 sm_90", "--targets sm_90")
         script = script.replace("pytest -q", "pytest -q -p no:cacheprovider")
         command = ["bash", "-e", "-c", script]
@@ -246,11 +249,13 @@ NOTEBOOK = (ROOT / "tutorials" / "03_kernels.py").read_text()
 
 @pytest.mark.slow
 def test_7_class_weights_in_the_kernels_of_the_notebook(tree, shell):
-    """The notebook's cells without a picture, up to its `Fused` and the logits; then the check."""
+    """The notebook's kernels and their checks, up to its `Fused` and the logits; then the check."""
     cells = re.split(r"^# %%", NOTEBOOK, flags=re.M)
     code = [cell.partition("\n")[2] for cell in cells if "[markdown]" not in cell.split("\n")[0]]
-    last = next(i for i, cell in enumerate(code) if "exact_loss, _ = dice_ce_ref" in cell)
-    before = [cell for cell in code[1 : last + 1] if "plt.show()" not in cell]
+    needed = r"^(os\.environ|from traffic|@jit|class Fused|def (exact_|check_[sg])|exact_loss)"
+    before = [cell for cell in code if re.search(needed, cell, re.M) and "plt.show()" not in cell]
+    last = next(i for i, cell in enumerate(before) if "exact_loss, _ = dice_ce_ref" in cell)
+    before = before[: last + 1]
     check = commands(7)
     after = ["assert abs(loss - wanted) < 1e-6 and (grad - exact).abs().max() < 1e-6"]
     after += ["moved = measure(lambda x, y: Fused.apply(x, y, 5.0), (logits, labels))"]
