@@ -992,8 +992,4 @@ print(f"so {fit} programs fit on a multiprocessor")
 #   pass, bytes and layout, as here, and depends on no other file.
 # * `python benchmarks/traffic.py` and `benchmarks/budget.py`: the counts and the compiler's table,
 #   computed on your machine. `benchmarks/kernels.py` measures times if there is a GPU.
-<<<<<<< HEAD
-# * [`exercises.md`](exercises.md): a Tversky term in the kernel, and more.
-=======
-# * `tutorials/exercises.md`: a Tversky term in the kernel, and eleven more exercises.
->>>>>>> solutions
+# * [`exercises.md`](exercises.md): a Tversky term in the kernel, and eleven more exercises.
