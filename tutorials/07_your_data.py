@@ -73,7 +73,7 @@ ROOT = None  # None: synthetic patients; or your folder, for example "/data/FDG-
 
 # The rest can stay as it is.
 MORE = ""  # more options of train.py about your files, for example "--label-values 1 2"
-BUDGET = "--steps 70"  # of each network; for results that you want to use "--minutes 60" or more
+BUDGET = "--steps 50"  # of each network; for results that you want to use "--minutes 60" or more
 FOLDS = 3  # the number of networks
 OUT = None  # None: a temporary folder, deleted at the end; or a folder that keeps all results
 
