@@ -107,9 +107,9 @@ def choose(rows: list[dict], target: str) -> list[tuple[str, dict]]:
     order = sorted((r for r in rows if r["dice"] >= 0), key=lambda r: -r["dice"])
     names = {len(order) // 2: "middle", len(order) - 1: "worst", 0: "best"}  # best of one
     chosen = [(names[i], order[i]) for i in sorted(names) if order]
-    healthy = [r for r in rows if r["truth_ml"] == 0]
-    if healthy:
-        chosen.append(("no tumor, most false positives", max(healthy, key=lambda r: r["fpv_ml"])))
+    negative = [r for r in rows if r["truth_ml"] == 0]
+    if negative:
+        chosen.append(("no tumor, most false positives", max(negative, key=lambda r: r["fpv_ml"])))
     return [(_title(name, row), row) for name, row in chosen or [("no truth", rows[0])]]
 
 

@@ -215,7 +215,7 @@ PET branch, and the CT branch reconstructs the CT:
 ## Which weights are shared
 
 `--share` names the levels that are one module in both branches. The fewer are shared, the more
-weights of its own each modality has: {shares}.
+separate weights each modality has: {shares}.
 
 {share_figures}
 
