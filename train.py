@@ -249,7 +249,8 @@ class Run:
         found = [self.folder / name for name in ("last.pt", "best.pt")]
         found = [path for path in found if path.exists()]
         if not found:
-            say(f"{self.folder}: stopped before it was first saved; it starts from the beginning")
+            if (self.folder / "config.json").exists():  # else it has not begun (--fold all)
+                say(f"{self.folder}: stopped before it was first saved; it starts anew")
             return self.lines.restore(0)
         for path in found:
             try:

@@ -533,10 +533,11 @@ def test_a_second_ctrl_c_does_not_wait():
 # --------------------------------------------------------------------------------------- --fold all
 def test_fold_all_makes_a_run_per_fold_and_resumes(run_args, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    step, steps = Run.train_step, []
+    step, steps, said = Run.train_step, [], []
 
     def train_step(self, batch):
         steps.append((self.c.fold, self.step + 1))
+        said.append("".join(capsys.readouterr()))
         if steps == [(0, 1), (0, 2), (1, 1)]:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
@@ -546,6 +547,7 @@ def test_fold_all_makes_a_run_per_fold_and_resumes(run_args, tmp_path, monkeypat
     status, lines = exit_code_of(lambda: main(args), monkeypatch, capsys)
     assert status == 143
     assert lines[-1].endswith(f"python train.py --resume --out {folder}")
+    assert "first saved" not in "".join(said)  # neither fold had begun
     main(["--resume", "--out", str(folder)])
     assert steps == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "fold0", "fold1"]
