@@ -101,7 +101,8 @@ for n in sorted(range(1, count + 1), key=lambda n: np.argwhere(parts == n)[:, 2]
 # middle) each pixel is the highest value from front to back; high uptake is dark. Without the
 # outlines you would see three of the tumors, in the left lung, in the spine and in the liver. The
 # lowest one is as dark as the bladder next to it and merges with it; the slice on the right shows
-# it. Brain and bladder are as dark as the tumors, and the kidneys only a little lighter.
+# it. There the tumor in the lung is a ring: its core is dead and takes up little. Brain and bladder
+# are as dark as the tumors, and the kidneys only a little lighter.
 #
 # A projection hides what a slice shows. Here are several such slices (*coronal* ones) through the
 # tumors, and a slider through all of them if ipywidgets is installed and you run this cell:

@@ -477,10 +477,11 @@ plt.show()
 
 # %% [markdown]
 # In 100 steps the network gets from values near zero to a blurred body. The lines above compare it
-# with the best of a few Gaussian filters, which need no training: it is far below its input,
-# but not far below the filter, or even above it. In the cubes the filter also beats the mean of the
-# cube, because it uses the surroundings. What the shuffle really asks for, to know what belongs in
-# a place, takes more than sixteen patients and 100 steps. The paper trains for 400 epochs.
+# with the best of a few Gaussian filters, which need no training: its error is far below that of
+# its input, but not far below that of the filter, or even above it; in the cubes it no longer falls
+# after the first steps. In the cubes the filter also beats the mean of the cube, because it uses
+# the surroundings. What the shuffle really asks for, to know what belongs in a place, takes more
+# than sixteen patients and 100 steps. The paper trains for 400 epochs.
 #
 # **Your turn.** What does a network that was trained on one corruption do with the other? Guess the
 # table before you look at it: a row is what a network was trained on, a column what it gets as
