@@ -45,8 +45,11 @@ plt.rcParams["figure.dpi"] = 90
 # ## Two images of one patient
 #
 # The patients in these notebooks are synthetic: `phantom.py` draws them. `write_petct` writes them
-# as NIfTI files, `find_petct` lists the files, and `preprocess` resamples a study to the network's
-# grid and scales both images to values from 0 to 1, exactly as it does with real data.
+# as NIfTI files (`.nii.gz`, a format of medical images), `find_petct` lists the files, and
+# `preprocess` resamples a study to the network's grid, exactly as it does with real data. CT is
+# measured in Hounsfield units (HU: water is zero, air far below, bone far above), PET in SUV
+# (standardized uptake value: the uptake divided by what an even spread over the body would give).
+# `preprocess` cuts both off at the ends of a *window* and scales the window to 0 to 1.
 
 # %%
 spacing = (6.0, 6.0, 6.0)  # mm; coarse, so that this notebook is fast
@@ -94,13 +97,15 @@ for n in sorted(range(1, count + 1), key=lambda n: np.argwhere(parts == n)[:, 2]
     print(f"mean PET {suv[here].mean():4.1f} SUV")
 
 # %% [markdown]
-# In the projection (in the middle; high uptake is dark) every tumor has an outline. Without the
-# outlines three would be seen, in the left lung, in the spine and in the liver. The lowest one
-# is as dark as the bladder next to it and merges with it; the slice on the right shows it. Brain
-# and bladder are as dark as the tumors, and the kidneys only a little lighter.
+# You see the patient from the front, so the left lung is on the right. In the projection (in the
+# middle) each pixel is the highest value from front to back; high uptake is dark. Without the
+# outlines you would see three of the tumors, in the left lung, in the spine and in the liver. The
+# lowest one is as dark as the bladder next to it and merges with it; the slice on the right shows
+# it. There the tumor in the lung is a ring: its core is dead and takes up little. Brain and bladder
+# are as dark as the tumors, and the kidneys only a little lighter.
 #
-# A projection hides what a slice shows. Here are several slices through the tumors (and a slider
-# through all of them, if ipywidgets is installed and you run this cell):
+# A projection hides what a slice shows. Here are several such slices (*coronal* ones) through the
+# tumors, and a slider through all of them if ipywidgets is installed and you run this cell:
 
 # %%
 pictures = {
@@ -150,8 +155,9 @@ print(f"{(tumor[brighter] == 0).mean():.0%} of that is not tumor")
 # * both pass their features through **the same bottleneck weights**, which must serve both tasks.
 #
 # The paper claims that fission beats fusion. This notebook shows how fission works, not that it is
-# better. Here is the network, drawn from the live object: the size of a box shows the size of its
-# feature map, and the levels are numbered from 1 to 9 as in the paper.
+# better. Here is the network, drawn from the live object, with the levels numbered from 1 to 9 as
+# in the paper. `16 @ 48³` is a feature map of 16 channels and 48³ voxels; `cat` concatenates the
+# channels of both bottlenecks.
 
 
 # %%
@@ -168,8 +174,9 @@ draw(v3)
 # %% [markdown]
 # ## What is shared?
 #
-# A branch is a list of nine levels. Level 5 is shared: *the same module object* is in both lists.
-# In Python the operator `is` tests this.
+# A branch is a list of nine levels: 1 to 4 are the encoder, 5 is the bottleneck, 6 to 9 the decoder
+# (an `UpLayer` doubles each side). Level 5 is shared: *the same module object* is in both lists. In
+# Python the operator `is` tests this.
 
 # %%
 for n, (a, b) in enumerate(zip(v3.ct.levels, v3.pet.levels), start=1):
@@ -216,9 +223,10 @@ plt.show()
 #
 # ## Shapes at every level
 #
-# Answer: a convolution from $a$ to $b$ channels has $27ab$ weights, and level 5 has the most
+# Answer: a 3×3×3 convolution from $a$ to $b$ channels has $27ab$ weights, and level 5 has the most
 # channels, 128 to 256. Its feature maps are small, though: after four strides of two, a side has
-# $96/16=6$ voxels. A forward hook on every level records the shape of its output:
+# $96/16=6$ voxels. A forward hook (PyTorch calls it after the level) records the shape of each
+# output:
 
 # %%
 shapes = {}
@@ -286,7 +294,9 @@ draw(MirrorUNet("v4"))
 
 # %% [markdown]
 # The network returns a named tuple; a field is `None` if the version has no such output. `seg`
-# holds logits (the softmax turns them into probabilities) of background and tumor.
+# holds logits (the softmax turns them into probabilities) of background and tumor. `ct` and `pet`
+# are the reconstructions, but in v4 each branch's own segmentation. v3's classifier answers for
+# each cell of $16^3$ voxels (`cells`); the highest is its answer for the patch (`tumor`).
 
 # %%
 x = torch.rand(1, 2, 32, 32, 32)
@@ -379,9 +389,10 @@ with torch.no_grad():
 print("same outputs, bit for bit:", all(equal))
 
 # %% [markdown]
-# The function reads version, share set and widths from the names and shapes alone. For a file the
-# call is `from_official(torch.load(file, weights_only=True))`; with `weights_only` a file of
-# unknown origin cannot run code. A state dict that does not fit is refused, never loaded in part:
+# The function reads the version, the shared levels and the numbers of channels from the names and
+# shapes alone. For a file the call is `from_official(torch.load(file, weights_only=True))`; with
+# `weights_only` a file of unknown origin cannot run code. A state dict that does not fit is
+# refused, never loaded in part:
 
 # %%
 missing_one = {name: t for name, t in official.items() if name != "dec.1.0.conv.bias"}
@@ -487,10 +498,10 @@ plt.show()
 # The white outline is the true tumor.
 #
 # **Answer.** In v1, v2 and v3 the segmentation and v3's classifier do not change by a single bit,
-# whatever the share set. What changes is the reconstruction of the CT, of course, and in v2 and v3
-# also that of the PET, because the light decoder reads both bottlenecks. The segmentation of v4
-# changes, because its CT branch contributes with weight $w=0.1$. (Its mask need not change: where
-# the network is certain, another logit is nearly the same probability.)
+# whichever levels are shared. What changes is the reconstruction of the CT, of course, and in v2
+# and v3 also that of the PET, because the light decoder reads both bottlenecks. The segmentation of
+# v4 changes, because its CT branch contributes with weight $w=0.1$. (Its mask need not change:
+# where the network is certain, another logit is nearly the same probability.)
 #
 # This follows from the architecture (the authors' own code behaves in the same way), but the paper
 # does not say so. It has two consequences:

@@ -9,7 +9,8 @@
 # tumors that are absent, and 16-bit numbers.
 #
 # You need the basics of PyTorch, no GPU and no download
-# ([how long it takes](../results/tutorials.csv)).
+# ([how long it takes](../results/tutorials.csv)). The last section is about the versions v1 to v4,
+# which [notebook 1](01_fission.ipynb) explains.
 
 # %%
 import os
@@ -200,8 +201,8 @@ for p_v in (0.5, 1e-5):
 #   others, and the loss is close to the score that counts in the end.
 # * **The Dice gradient vanishes if the network is certain and wrong.** The factor $p(1-p)$ goes to
 #   zero on the left: a tumor voxel with $p=10^{-5}$ is hardly pulled at all (the last line). The
-#   factor $(1-p)$ of CE stays, however wrong the network is. CE also keeps pulling a probability
-#   of 0.6 towards 0.9: it asks for *calibrated* probabilities.
+#   factor $(1-p)$ of CE stays, however wrong the network is. CE also asks for *calibrated*
+#   probabilities: of the voxels with a probability of 0.6, six in ten should be tumor.
 #
 # So each loss has what the other lacks. The next experiment shows it: a small network (three
 # convolutions, in two dimensions to be fast) looks for faint discs in noise, which cover a small
@@ -405,8 +406,8 @@ print(f"loss {value.item():.0f} ({value.dtype}), gradient {worst.grad.flatten().
 #
 # * **v1** L2: the mean squared error of the CT reconstruction against the *clean* CT.
 # * **v2** L2: one mean over the reconstructions of CT and PET (the latter from the bottleneck).
-# * **v3** as v2, plus BCE: the cross entropy of one yes-or-no question, "does this patch contain a
-#   tumor?".
+# * **v3** as v2, plus BCE: the cross entropy of a yes-or-no question, "is there tumor?", for each
+#   cell of $16^3$ voxels (in the authors' code: once, for the patch).
 # * **v4** Dice + CE of the averaged logits, nothing else.
 #
 # `MirrorLoss` computes this sum. It returns the total, and each part without its weight. Here it is
@@ -438,7 +439,8 @@ print(f"total     {total:.4f}, sum of the last column {by_hand:.4f}")
 # %% [markdown]
 # Compared with the segmentation, the other tasks look negligible. Are they? A loss acts through its
 # gradient, so for each task and each part of the network we compute the norm of the gradient of the
-# *weighted* term.
+# *weighted* term. (For BCE we take the answer for the patch, that of its highest cell; the loss
+# takes the mean over all cells.)
 
 # %%
 tasks = {
@@ -479,11 +481,11 @@ plt.show()
 # %% [markdown]
 # Read the table column by column. The CT branch's own levels get gradients only from the
 # reconstructions, so there a small weight has no competitor; and an optimizer like Adam, which
-# divides each gradient by its usual size, makes the weight almost irrelevant. Tasks compete only in
-# the columns that have several entries: at the shared level and in the PET encoder. There, at the
-# start, the classifier has a large gradient in spite of its weight of 0.01 (its single output
-# depends on everything), and the gradients of the reconstructions are tiny compared with those of
-# the segmentation, that of the CT most of all. A dash means that there is no gradient: the CT
+# divides each gradient by its usual size, makes the weight almost irrelevant. The segmentation
+# competes with other tasks in two columns only: at the shared level and in the PET encoder. There,
+# at the start, the classifier has a large gradient in spite of its weight of 0.01, and the
+# gradients of the reconstructions are tiny compared with those of the segmentation, that of the CT
+# most of all. A dash means that there is no gradient: the CT
 # reconstruction never reaches a level that belongs to PET.
 #
 # **Your turn.** Make $\lambda_\text{rec}$ so large that the reconstruction counts as much as the

@@ -4,10 +4,11 @@
 # Between two convolutions a network does things that need little arithmetic and much time: a norm,
 # an activation, a loss. On a GPU this time is spent on moving numbers to and from memory. This
 # notebook counts the bytes, asks for the smallest possible number, and builds the loss of the
-# second notebook, Dice + cross entropy, as a **fused kernel** that reaches it. You write its two
-# halves yourself, in [Triton](https://triton-lang.org), a Python dialect for GPU programs. After
-# that you see how a formula for the variance that is correct on paper fails in float32, and what a
-# compiler makes of the kernels.
+# second notebook, Dice + cross entropy, as a **fused kernel** that reaches it. (A *kernel* is a
+# function that runs on the GPU, starting it once is a *launch*, and a fused one does the work of
+# many operations.) You write its two halves yourself, in [Triton](https://triton-lang.org), a
+# Python dialect for GPU programs. After that you see how a formula for the variance that is correct
+# on paper fails in float32, and what a compiler makes of the kernels.
 #
 # You need no GPU. With `TRITON_INTERPRET=1` Triton runs its kernels in a slow interpreter on the
 # CPU, which is ideal for learning: the numbers are right, and every load and store can be watched.
@@ -63,10 +64,10 @@ except ImportError:
 # %% [markdown]
 # ## Memory traffic
 #
-# PyTorch runs an expression one operation after the other. Each operation **reads** all its inputs
-# from memory and **writes** all its output. So `a * b + c` reads two volumes and writes one for the
-# product, and again for the sum, six in all. A single operation would need four: read a, b and c,
-# write the result.
+# In *eager* mode, the usual one, PyTorch runs one operation after the other. Each operation
+# **reads** all its inputs from memory and **writes** all its output. So `a * b + c` reads two
+# volumes and writes one for the product, and again for the sum, six in all. A single operation
+# would need four: read a, b and c, write the result.
 #
 # `benchmarks/traffic.py` measures this. It observes every operation below autograd, including the
 # backward pass, and counts each input as read once and each output as written once. Here it
@@ -296,8 +297,8 @@ if triton:
 # Why partial sums, and not one total to which every program adds (`tl.atomic_add`)? Programs finish
 # in any order, and a sum of floats depends on the order: the same input would give different bits
 # each time. Which voxels a program gets depends on the layout in memory, where a volume is one long
-# row with the last axis fastest. In the PET/CT volumes here the first axis runs from left to right,
-# so a block is a sagittal slab of the body:
+# row with the last axis fastest. In the PET/CT volumes here the first axis runs across the body,
+# from one arm to the other, so a block is a slab of the body, a vertical strip in the figure:
 
 # %%
 import phantom
@@ -334,8 +335,9 @@ plt.show()
 # $$I = \sum p\,t \qquad P = \sum p \qquad T = \sum t \qquad N = \sum \log(1 + e^{z}),\quad
 # z = \begin{cases} -u & t = 1 \\ \phantom{-}u & t = 0 \end{cases}$$
 #
-# ($N$ is the cross entropy: $-\log p = \log(1 + e^{-u})$ for a tumor voxel and
-# $-\log(1 - p) = \log(1 + e^{u})$ for any other). Then
+# ($N$ is the sum of the cross entropies, $-\log p = \log(1 + e^{-u})$ for a tumor voxel and
+# $-\log(1 - p) = \log(1 + e^{u})$ for any other. The number of voxels, $N$ in notebook 2, is $n$
+# here.) Then
 #
 # $$\text{Dice} = \frac{2I + \varepsilon}{P + T + \varepsilon} \qquad
 # \text{loss} = 1 - \text{Dice} + \frac{N}{n},
@@ -566,7 +568,8 @@ check_gradient(gradient)
 # ## The complete loss
 #
 # Three launches, connected to autograd. Between the forward and the backward pass we keep the
-# inputs, which exist anyway, and two numbers.
+# inputs, which exist anyway, and two numbers. The kernels are those of the answers; to use yours,
+# run `sums, gradient = my_sums, my_gradient` first.
 
 
 # %%
@@ -626,10 +629,9 @@ if triton:
 # %% [markdown]
 # (The error of the gradient is relative to its largest value.) The kernel moves the fewest bytes
 # that the task allows, and the result is as exact as that of the eager code. `kernels/dice_ce.py`
-# is this kernel with
-# everything that a library has to add: more classes and their weights, ignored voxels, one Dice per
-# sample, `channels_last` and strided tensors, volumes beyond 2³¹ numbers. You have seen all that is
-# essential in it.
+# is this kernel with everything that a library has to add: more classes and their weights, ignored
+# voxels, one Dice per sample, `channels_last` and strided tensors, volumes beyond 2³¹ numbers. You
+# have seen all that is essential in it.
 #
 # What does the gradient look like? Take the patient from above and a poor network,
 # `logits = (0, SUV − 4)`. It predicts tumor wherever the uptake is high.
@@ -664,15 +666,17 @@ if triton:
     print(f"loss {loss.item():.3f}")
 
 # %% [markdown]
-# Where the gradient is negative (blue), a step against it raises the logit; where it is positive
-# (red), the step lowers it. So the step strengthens the tumor, which is active but was partly
-# missed, and weakens brain and kidneys. The few tumor voxels have the largest gradients: that is
-# Dice, which divides by the sizes of tumor and prediction and not by the number of all voxels.
+# (The colors of the gradient are on a logarithmic scale.) Where it is negative (blue), a step
+# against it raises the logit; where it is positive (red), the step lowers it. So the step
+# strengthens the tumor, which is active but was partly missed, and weakens brain and kidneys. The
+# few tumor voxels have the largest gradients: that is Dice, which divides by the sizes of tumor and
+# prediction and not by the number of all voxels.
 #
 # ## A variance that fails
 #
-# Another fused kernel of this repository is the instance norm with all that follows it,
-# `kernels/norm_act.py`. It needs a mean and a variance, and there are two formulas, equal on paper:
+# Another fused kernel of this repository, `kernels/norm_act.py`, is the instance norm (each channel
+# minus its mean, divided by its standard deviation) with all that follows it. It needs a mean and a
+# variance, and there are two formulas, equal on paper:
 #
 # $$\operatorname{var} = \operatorname{E}\big[(x - \mu)^2\big] = \operatorname{E}[x^2] - \mu^2.$$
 #
@@ -696,9 +700,9 @@ print(f"floats next to mean^2 are {np.spacing(np.float32(mean**2)):.2g} apart")
 # $$\text{error} \approx 2^{-24} \left(\frac{\mu}{\sigma}\right)^2.$$
 #
 # The first formula needs μ before it can begin, so it reads x twice. Can one pass be stable, too?
-# Yes: a program has its block in registers, where reading it twice costs nothing, and the results
-# of two blocks can be **merged**. Keep of each block the number of values n, the mean, and $M_2 =
-# \sum (x - \text{mean})^2$.
+# Yes: a program has its block in registers, next to the arithmetic, where reading it twice costs
+# nothing, and the results of two blocks can be **merged**. Keep of each block the number of values
+# n, the mean, and $M_2 = \sum (x - \text{mean})^2$.
 
 # %% [markdown]
 # ### Your turn: merge two blocks
@@ -844,9 +848,10 @@ fig.colorbar(shown, ax=axes, shrink=0.8, label="normalized value")
 plt.show()
 
 # %% [markdown]
-# A small volume fits into the registers of one program, which reads x once and writes y once (the
-# first line). A large one does not: the kernel reads x twice, for the statistics and then for the
-# norm (the second line), which is the minimum there.
+# In the middle the variance came out negative, so every value is NaN (white). The lines show what
+# the stable kernel moves. A small volume fits into the registers of one program, which reads x once
+# and writes y once (the first line). A large one does not: the kernel reads x twice, for the
+# statistics and then for the norm (the second line), which is the minimum there.
 #
 # ## What the compiler makes of it
 #
@@ -932,14 +937,15 @@ if triton:
     plt.show()
 
 # %% [markdown]
-# With the guarantee a thread reads four floats, or sixteen labels, at once. Without it, a thread
-# reads one number at a time and needs several times as many instructions (the last line). A volume
-# whose n is not a multiple of 16 gets this kernel. Larger blocks keep more loads in progress at the
-# same time, and use more registers, until they spill.
+# With the guarantee a thread reads four floats (`v4.b32`), or sixteen labels, at once. Without it,
+# a thread reads one number at a time and needs several times as many instructions (the last line).
+# A volume whose n is not a multiple of 16 gets this kernel. Larger blocks keep more loads in
+# progress at the same time, and use more registers, until they spill.
 #
-# `benchmarks/budget.py` does this for every kernel of this repository and for four GPUs. It
-# compiles, reads the machine code, and fails if a kernel spills, or loads less than 128 bits at a
-# time although the layout would allow it. Its table is `results/budget.csv`:
+# `benchmarks/budget.py` does this for every kernel of this repository and for four GPUs (sm_80 is
+# NVIDIA's A100, sm_90 the H100, sm_100 the B200; gfx942 is AMD's MI300). It compiles, reads the
+# machine code, and fails if a kernel spills, or loads less than 128 bits at a time although the
+# layout would allow it. Its table is `results/budget.csv`:
 
 # %%
 budget = list(csv.DictReader(open("results/budget.csv")))

@@ -47,7 +47,7 @@ NOISE, SHUFFLE, CLEAN = "#0072B2", "#D55E00", "#444a54"
 # the CT values of a window to 0 to 1. We cut a patch of $64^3$ voxels of 4 mm out of the chest
 # and corrupt it with `patches.corrupt_ct`, the function that training uses. It takes a batch of CT
 # and PET and leaves the PET untouched. All its random numbers follow from a *key*, one integer per
-# sample.
+# sample. You see slices from below (axial), from the front (coronal) and from the side (sagittal).
 
 # %%
 spacing = (4.0, 4.0, 4.0)
@@ -476,11 +476,12 @@ print(f"shuffle  mean of each cube {error(cube_mean, in_cubes):.3f}")
 plt.show()
 
 # %% [markdown]
-# In 100 steps the network gets from random values to a blurred body. The lines above compare it
-# with the best of a few Gaussian filters, which need no training: it is far below its input,
-# but not far below the filter, or even above it. In the cubes the filter also beats the mean of the
-# cube, because it uses the surroundings. What the shuffle really asks for, to know what belongs in
-# a place, takes more than sixteen patients and 100 steps. The paper trains for 400 epochs.
+# In 100 steps the network gets from values near zero to a blurred body. The lines above compare it
+# with the best of a few Gaussian filters, which need no training: its error is far below that of
+# its input, but not far below that of the filter, or even above it; in the cubes it no longer falls
+# after the first steps. In the cubes the filter also beats the mean of the cube, because it uses
+# the surroundings. What the shuffle really asks for, to know what belongs in a place, takes more
+# than sixteen patients and 100 steps. The paper trains for 400 epochs.
 #
 # **Your turn.** What does a network that was trained on one corruption do with the other? Guess the
 # table before you look at it: a row is what a network was trained on, a column what it gets as
@@ -512,9 +513,9 @@ for how, column in zip(inputs, table.T):
 # One would expect the smallest error of each column on the diagonal, in the row of the same
 # corruption. The lines above say where it is: for shuffled cubes it need not be the network that
 # was trained on them. After such a short training each network is a blurred copier, and the one
-# that blurs the most may win in a cube without structure. A pretext task has to be compared with
-# exactly this baseline: the same network, trained for as long on *another* corruption and without
-# any, and next to it the simple methods.
+# that blurs the most may win in a cube without structure. A *pretext task* (one that is trained for
+# its effect on another) has to be compared with exactly this baseline: the same network, trained
+# for as long on *another* corruption and without any, and next to it the simple methods.
 #
 # **Your turn.** Set `STEPS = 1000` in a new cell above "def train" (the training then takes as much
 # longer as there are more steps; its time is printed there) and run the cells from there on again.

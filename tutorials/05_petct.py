@@ -128,7 +128,8 @@ _ = fig.legend(handles=[outline], loc="outside lower center", fontsize=8)
 #
 # v3 has four tasks. The PET branch segments; the CT branch reconstructs a CT in which one cube of
 # voxels was shuffled; a light decoder at the bottleneck reconstructs PET; and a classifier at the
-# PET bottleneck decides whether the patch contains a tumor.
+# PET bottleneck decides whether the patch contains a tumor. MSE, the mean squared error, is the L2
+# of the second notebook.
 #
 # $$ L = \lambda_\text{seg}\,(\text{Dice} + \text{CE}) + \lambda_\text{rec}\,\text{MSE}
 #    + \lambda_\text{cls}\,\text{BCE}, \qquad \lambda = (0.5,\ 10^{-3},\ 10^{-2}) $$
@@ -139,8 +140,9 @@ run = train.Run(config, train_cases, held_out)
 run.train()
 
 # %% [markdown]
-# The table shows the held-out patients, on the grid of their files. If there is no true tumor, Dice
-# is undefined and any predicted volume is a false positive. The last line is what a simple
+# The table shows the held-out patients, on the grid of their files (FPV and FNV are explained
+# below; the numbers `patient_` in the first line judge the classifier). If there is no true tumor,
+# Dice is undefined and any predicted volume is a false positive. The last line is what a simple
 # threshold reaches, without any network. Here are the parts of the loss during training, each
 # before it is multiplied by its $\lambda$:
 
@@ -173,22 +175,22 @@ for axis, (title, parts) in zip(axes, panels.items()):
 # Cross entropy falls first: most voxels are background, which is learned quickly. Dice takes
 # longer, because it counts the tumor voxels only. The reconstructions improve although their weight
 # is a thousandth: the layers that serve only them get no other gradient, and the steps of Adam do
-# not depend on the scale of a gradient. A later section returns to the curve of the classifier.
+# not depend on the scale of a gradient. A later section returns to the classifier.
 #
 # ## Two kinds of error, in milliliters
 #
 # The same Dice can mean one tumor with inaccurate borders, or one that was found and one that was
 # missed. For a patient these are different. The AutoPET challenge counts **connected components**
-# (of voxels that share a face or an edge):
+# (of voxels that share a face or an edge). A component *touches* a voxel if it contains it:
 #
 # * **FPV**, false-positive volume: predicted components that touch no true voxel, that is, lesions
 #   that do not exist.
 # * **FNV**, false-negative volume: true components that touch no predicted voxel, that is, lesions
 #   that were missed.
 #
-# **Your turn.** Write `attempt(mask, other)`, which returns the components of `mask` that `other`
-# does not touch, as a mask. `ndimage.label(mask, FACE_OR_EDGE)` returns the components, numbered
-# from 1, and their count; two or three lines are enough.
+# **Your turn.** Write `attempt(mask, other)`, which returns the components of `mask` that share no
+# voxel with `other`, as a mask. `ndimage.label(mask, FACE_OR_EDGE)` returns the components,
+# numbered from 1, and their count; two or three lines are enough.
 
 # %% tags=["exercise"]
 FACE_OR_EDGE = ndimage.generate_binary_structure(3, 2)
@@ -422,8 +424,8 @@ for axis, (key, title) in zip(axes, titles.items()):
 # %% [markdown]
 # FPV falls. (It may rise at a single step: if a component that touched a true voxel breaks up, its
 # distant part becomes a false component.) FNV can only stay or rise, because fewer voxels are
-# predicted. Where FNV is flat and not zero, some lesion is missed at every threshold: its
-# probability is low everywhere, and only better training can change that. Dice is flat in the
+# predicted. A lesion that is missed even at the lowest threshold has a low probability everywhere,
+# and only better training can change that. Dice is flat in the
 # middle. The dotted line is the threshold of the preset, which was chosen with other runs. Choosing
 # it by these curves would mean choosing it on the held-out patients, and the results would be
 # too optimistic.
@@ -431,11 +433,11 @@ for axis, (key, title) in zip(axes, titles.items()):
 # ## What does the classifier add?
 #
 # The classifier is trained on cells of $16^3$ voxels: is there tumor in this cell? The answer for a
-# patch is the highest of its cells, and the score of a patient the highest of all windows of the
-# body. The hope is this: *if the score is low, the patient has no tumor, and every predicted
-# component is false*. Is the score good enough? The **AUC** is the probability that a patient with
-# tumor has a higher score than a patient without. For comparison we
-# take a score that needs no classifier, the segmented volume.
+# patch is the highest of its cells. A body is predicted in overlapping windows of the size of a
+# patch, and the score of a patient is the highest of them. The hope is this: *if the score is low,
+# the patient has no tumor, and every predicted component is false*. Is the score good enough? The
+# **AUC** is the probability that a patient with tumor has a higher score than a patient without.
+# For comparison we take a score that needs no classifier, the segmented volume.
 
 # %%
 has_tumor = np.array([case.tumor for case in held_out])
@@ -487,8 +489,9 @@ for axis in axes:
 # patches with tumor a high one, although the network saw only a few hundred patches. Three things
 # help the classifier: it has an answer to learn for each cell of $16^3$ voxels, not one per patch;
 # it is shown the highest logit that the segmentation has in a cell; and a score is the highest of
-# all cells, so that no tumor is averaged away. The release's classifier, one number per patch from
-# the bottleneck alone, learns next to nothing in such short runs ([why](../docs/tasks.md)).
+# all cells, so that no tumor is averaged away. The classifier of the authors' code, one number per
+# patch from the bottleneck alone, learns next to nothing in such short runs
+# ([why](../docs/tasks.md)).
 #
 # For patients be careful: this is one network, of one seed, and few pairs (the last line above says
 # how much one pair counts). Compare the AUC of the segmented volume, which costs nothing extra.

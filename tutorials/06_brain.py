@@ -105,9 +105,10 @@ legend(fig, LABELS)
 
 # %% [markdown]
 # (The gray values of MR have no unit; each image is scaled by itself.) Each image shows a different
-# part best: **FLAIR** shows the edema (bright, while the water in the
-# ventricles stays dark), **T2w** the core (brighter than the edema around it, although the
-# ventricles are bright, too), and **T1gd** the enhancing rim of the core. So each image should get
+# part best: **FLAIR** shows the edema, the swollen tissue around the tumor (bright, while the water
+# in the ventricles stays dark), **T2w** the core (brighter than the edema around it, although the
+# ventricles are bright, too), and **T1gd** the *enhancing* rim of the core, which takes up the
+# contrast agent (gadolinium). T1w is not used here. So each image should get
 # the task for which it is good. This is the preset `brain`, version v2:
 #
 # | part | reads | segments |
@@ -133,6 +134,7 @@ with torch.no_grad():
 # The decoder of the core never sees FLAIR, and that of the edema never sees T2w. Only the decoder
 # of the bottleneck reads both. It has no skip connections: it sees the tumor at a sixteenth of the
 # resolution and has to guess the border from that. Keep this in mind when you look at its outlines.
+# ([Notebook 5](05_petct.ipynb) explains the columns FPV and FNV of the next table.)
 #
 # ## Training
 
@@ -152,10 +154,8 @@ Image(run.folder / "curves.png")
 
 # %% [markdown]
 # There are three Dice losses and three cross entropies, one of each per task. Compare those of the
-# whole tumor with the others. Two reasons for a difference are likely: there are no skip
-# connections, and the last layer of this decoder has a norm and a PReLU (the other two decoders end
-# in a bare convolution), so that its logits stay moderate and its probabilities away from 0 and 1.
-# This matters for the soft Dice of the loss, and less for the Dice of the masks, on the right.
+# whole tumor with the others. A likely reason for a difference is that its decoder has no skip
+# connections: it has to guess the border. The figure on the right has the Dice of the masks.
 #
 # ## Patient by patient
 #
@@ -233,7 +233,8 @@ browser = slices.show(pictures, whole, config.spacing, number=6)
 # %% [markdown]
 # **Your turn.** Three decoders answer three questions, and nothing makes the answers agree. By
 # definition the core and the edema are parts of the whole tumor and do not overlap. Count the
-# predicted voxels of the held-out patients that break either rule. The next cell has the answer.
+# predicted voxels of the held-out patients that break either rule (`masks[patient][task]` is a
+# mask; the tasks are "core", "whole" and "edema"). The next cell has the answer.
 
 # %%
 counts = {"core or edema, but not whole": 0, "core and edema": 0, "whole, but neither": 0}
@@ -277,8 +278,8 @@ legend(fig, CODES, {"true borders of both": ("black", "-")})
 # * `roles`: which label codes count as "core" (the task of the first branch) and which as "edema"
 #   (the task of the second). The task of the bottleneck is all of them.
 #
-# So another assignment needs no change in the library. Suppose that T1gd shall find the *enhancing*
-# rim, and FLAIR the rest of the tumor:
+# So another assignment needs no change in the library. Let T1gd find the *enhancing* rim, for
+# example, and FLAIR the rest of the tumor:
 
 # %%
 # load_cases wrote the phantoms here; with real data: Task01_BrainTumour
@@ -354,8 +355,8 @@ print("read:", read[0].channels, sorted(read[0].roles))
 print(f"python train.py --data brain --root {folder}")
 
 # %% [markdown]
-# **Your turn.** Swap the tasks of the branches: FLAIR shall find the core, and T2w the edema. What
-# has to change? (The next cell has the answer. What to expect: FLAIR shows the core darker than the
+# **Your turn.** Swap the tasks of the images: let FLAIR find the core, and T2w the edema. What has
+# to change? (The next cell has the answer. What to expect: FLAIR shows the core darker than the
 # edema, and T2w shows edema, ventricles and core all bright.)
 
 # %%

@@ -7,7 +7,7 @@
 # segments the tumors from PET, CT takes part in its training, and a classifier gives a score per
 # patient. You need the abstract of the paper and some Python. No GPU and no download are needed.
 #
-# As it stands, the notebook writes synthetic patients (`phantom.py`) and takes them for your
+# As it stands, the notebook writes synthetic patients (`phantom.py`) and treats them as your
 # folder, so its numbers say nothing about real patients. **For your own studies change one line**,
 # `ROOT` below, and run all cells again. Two layouts are shown here, others are in
 # [docs/data.md](../docs/data.md):
@@ -108,8 +108,9 @@ def plainly():
 #
 # The next cell writes the synthetic patients with nibabel, all in nnU-Net's layout and the first
 # few in AutoPET's as well. If your files are not in a layout that is known, a function like one of
-# these two brings them there. `make_folds` makes folds by *patient*, as two visits of one patient
-# must never be on different sides, and gives each fold its share of the patients with tumor.
+# these two brings them there. A *fold* is one division into studies to train on and held-out ones.
+# `make_folds` divides by *patient*, as two visits of one patient must never be on different sides,
+# and gives each fold its share of the patients with tumor.
 
 
 # %%
@@ -264,8 +265,8 @@ print(f"tumor {truth.sum() * metrics.voxel_ml(mm):.1f} ml, SUV up to {pet[truth]
 #
 # Much of this is checked when files are read ([the list](../docs/data.md#what-is-checked)). A
 # message says which file it is, what is wrong and what to do. Here are four of them, provoked on
-# purpose: with a PET in Bq/ml, with a truth that was moved, with a file that was cut short, and
-# with a study without CT.
+# purpose: with a PET in Bq/ml (activity, not yet SUV), with a truth that was moved, with a file
+# that was cut short, and with a study without CT.
 
 # %%
 broken = WORK / "broken"
@@ -393,8 +394,8 @@ plt.show()
 #   time by about eight. The rule below takes the coarsest grid on which most lesions have two
 #   voxels along each side, but none that is much finer than the files. This notebook is in a hurry
 #   and gives up some small lesions; the cell prints which share is left.
-# * **SUV window.** It ends a bit above the uptake of a typical tumor. All brighter voxels become
-#   one, so whatever is brighter than that looks alike.
+# * **SUV window.** It ends a bit above the uptake of a typical tumor. All brighter voxels get the
+#   value of its end, so they look alike to the network.
 # * **Patch.** It has to be large enough to show *where* in the body it is, because that tells a
 #   tumor from an organ, and small enough for the memory. A side is a multiple of sixteen voxels, as
 #   the network halves it at four levels. What extends beyond the field of view is wasted.
@@ -459,7 +460,7 @@ axes[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The smaller the patch, the less tumor it holds by chance, and the less it shows of the body.
+# The smaller the patch, the less often it holds tumor by chance, and the less it shows of the body.
 #
 # ## 3. Train, and resume after an interruption
 #
@@ -574,7 +575,8 @@ with plainly():
 # Dice is undefined in a patient without tumor; there any predicted volume is a false positive. Is
 # the ensemble better than its members? We let each network predict the same studies alone. The
 # tables are `metrics.csv` (a row per study) and `lesions.csv` (a row per predicted lesion) in the
-# folder of the predictions.
+# folder of the predictions. ([What each number means](../docs/running.md#the-tables), such as
+# surface Dice and HD95.)
 
 
 # %%
