@@ -439,16 +439,17 @@ print(f"total     {total:.4f}, sum of the last column {by_hand:.4f}")
 # %% [markdown]
 # Compared with the segmentation, the other tasks look negligible. Are they? A loss acts through its
 # gradient, so for each task and each part of the network we compute the norm of the gradient of the
-# *weighted* term. (For BCE we take the answer for the patch, that of its highest cell; the loss
-# takes the mean over all cells.)
+# *weighted* term. (BCE is that of v3's classifier: of every cell of the bottleneck, which is true if
+# a voxel in it is tumor.)
 
 # %%
+cell_truth = torch.nn.functional.adaptive_max_pool3d(batch["seg"].float(), out.cells.shape[1:])
 tasks = {
     "Dice": 0.5 * losses.soft_dice(out.seg, batch["seg"]),
     "CE": 0.5 * losses.cross_entropy(out.seg, batch["seg"]),
     "L2 of CT": 1e-3 / 2 * losses.l2(out.ct, batch["ct"]),
     "L2 of PET": 1e-3 / 2 * losses.l2(out.pet, batch["pet"]),
-    "BCE": 1e-2 * losses.bce(out.tumor, batch["tumor"]),
+    "BCE": 1e-2 * losses.bce(out.cells, cell_truth),
 }
 places = {
     "CT 1-4": net.ct.levels[:4],
