@@ -490,8 +490,7 @@ print("exit code", process.returncode)
 # It finished its step, saved everything that decides the next step, and printed the command that
 # continues. (A process that is killed without a warning loses the time since its last checkpoint,
 # `--checkpoint-minutes`.) The next cell is that command: `train.main` is `train.py` without a new
-# process. It continues the first network and then trains the others, of which it says that they
-# were stopped before they were saved: they had not begun.
+# process. It continues the first network and then trains the others.
 
 # %%
 with plainly():
@@ -729,6 +728,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 axes[0].step(100 * shares, counts, "o-", where="pre", ms=4, color=BLUE)
 axes[0].axhline(number, color="gray", ls=":", label="all true lesions")
 axes[0].set(xlabel="share that must be predicted, %", ylabel="lesions found", ylim=(0, None))
+axes[0].yaxis.get_major_locator().set_params(integer=True)
 axes[0].legend(fontsize=8)
 true_ml = np.array([row["truth_ml"] for row in results])
 pred_ml = np.array([row["pred_ml"] for row in results])
@@ -903,6 +903,7 @@ for name, style in (("found", KINDS["found"]), ("missed", KINDS["missed"])):
     axes[0].plot(*points, ls="none", mec="black", label=label, **style)
 axes[0].set(xscale="log", xlabel="true tumor volume of the study, ml", ylabel="Dice")
 axes[0].set(ylim=(-0.03, 1.03))
+axes[0].xaxis.set_minor_formatter("{x:g}")
 for kind, style in KINDS.items():
     rows = [row for row in reasons if row["kind"] == kind]
     points = [row["volume_ml"] for row in rows], [row["contrast"] for row in rows]
