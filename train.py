@@ -250,7 +250,7 @@ class Run:
         found = [path for path in found if path.exists()]
         if not found:
             if (self.folder / "config.json").exists():  # else it has not begun (--fold all)
-                say(f"{self.folder}: stopped before it was first saved; it starts from its first step")
+                say(f"{self.folder}: stopped before it was first saved; it begins again")
             return self.lines.restore(0)
         for path in found:
             try:

@@ -439,8 +439,8 @@ print(f"total     {total:.4f}, sum of the last column {by_hand:.4f}")
 # %% [markdown]
 # Compared with the segmentation, the other tasks look negligible. Are they? A loss acts through its
 # gradient, so for each task and each part of the network we compute the norm of the gradient of the
-# *weighted* term. (BCE is that of v3's classifier: of every cell of the bottleneck, which is true if
-# a voxel in it is tumor.)
+# *weighted* term. (BCE is that of v3's classifier: of every cell of the bottleneck, which is true
+# if a voxel in it is tumor.)
 
 # %%
 cell_truth = torch.nn.functional.adaptive_max_pool3d(batch["seg"].float(), out.cells.shape[1:])
