@@ -84,7 +84,8 @@ def _outline(axis, mask, color: str) -> None:
         axis.contour(mask.T, levels=[0.5], **style)
 
 
-def _legend(fig: Figure) -> None:
+def legend(fig: Figure) -> None:
+    """Say below a figure which outline is the truth and which the prediction."""
     named = ((TRUTH, "truth"), (PREDICTION, "prediction"))
     marks = [Line2D([], [], color=c, ls=OUTLINES[c], label=name) for c, name in named]
     fig.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8)
@@ -146,7 +147,7 @@ def panels(rows: list[dict], out: Path) -> None:
         _case(axes, row)
     for axis, title in zip(grid[0], titles):
         axis.set_title(title, fontsize=9)
-    _legend(fig)
+    legend(fig)
     _save(fig, out)
 
 
@@ -219,7 +220,7 @@ def overview(tiles: list[dict], out: Path, most: int = 40) -> None:
         axis.set_title(t["title"], fontsize=7, parse_math=False)
         if t["suv"]:
             axis.set_xlabel(_suv_text(scale, t["suv"]), fontsize=6)
-    _legend(fig)
+    legend(fig)
     _save(fig, out)
 
 

@@ -47,7 +47,7 @@ from losses import MirrorLoss
 from mirror_unet import MirrorUNet
 
 LAST = torch.channels_last_3d
-SMALL = "x.add(1), 64 numbers"  # the small operation
+SMALL, add_one = "x.add(1), 64 numbers", partial(torch.ones(64).add, 1)  # the small operation
 SMALL_US = 1.5  # its time on the machine of the limits
 TARGETS = {"norm_act forward": 25, "norm_act backward": 45, "norm_act again": 8, "step": 34}
 
@@ -94,8 +94,7 @@ def load_stub(folder: str) -> ctypes.CDLL:
 # ---------------------------------------------------------------------------------- what is timed
 def timed(call, *repeats: int) -> dict:
     """Times of a row: here, and on the machine of the limits, in microseconds."""
-    small = partial(torch.ones(64).add, 1)
-    before, here, after = microseconds(small), microseconds(call, *repeats), microseconds(small)
+    before, here, after = microseconds(add_one), microseconds(call, *repeats), microseconds(add_one)
     return dict(time=here, scaled=here * SMALL_US * 2 / (before + after), unit="us")
 
 
@@ -124,7 +123,7 @@ def launches(stub: ctypes.CDLL, call, warm_up: int = 2) -> int:
 def operations() -> dict:
     """A call of each operation, by name; "large" instances do not fit into registers."""
     gradients = partial(torch.autograd.grad, retain_graph=True)
-    calls = {SMALL: partial(torch.ones(64).add, 1)}
+    calls = {SMALL: add_one}
     for size, name in ((4, "norm_act"), (24, "norm_act, large")):
         x = torch.randn(2, 16, size, size, size).contiguous(memory_format=LAST).requires_grad_()
         parameters = [torch.ones(n, requires_grad=True) for n in (16, 16, 1)]

@@ -39,17 +39,22 @@ BARE = dict(subplot_kw=dict(xticks=[], yticks=[]), squeeze=False)
 
 
 def save(fig: Figure, path: Path) -> None:
+    """Write a figure, in the size of the page."""
     fig.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------------------------------- the networks
+def share_file(share: tuple[int, ...]) -> str:
+    """The name of a share set's diagram."""
+    return f"share_{''.join(map(str, share))}.png"
+
+
 def architectures(folder: Path) -> None:
     """A diagram per version, and one per share set, drawn from the networks."""
     for version in ("v1", "v2", "v3", "v4"):
         figures.architecture(MirrorUNet(version), folder / f"{version}.png")
     for share in SHARES:
-        name = "".join(map(str, share))
-        figures.architecture(MirrorUNet("v1", share=share), folder / f"share_{name}.png")
+        figures.architecture(MirrorUNet("v1", share=share), folder / share_file(share))
 
 
 # ---------------------------------------------------------------------------------- the corruptions
@@ -170,7 +175,7 @@ def whole_body(run: train.Run, case: CachedCase, out: Path) -> tuple[dict, list[
         axis.set_title(f"{title} projection, white: SUV 0, black: 10 and more", fontsize=9)
     views[0].set_xlabel("right          patient          left", fontsize=9)
     views[1].set_xlabel("back          patient          front", fontsize=9)
-    figures._legend(fig)
+    figures.legend(fig)
     save(fig, out)
     return row, lesions
 
@@ -263,11 +268,10 @@ def main() -> None:
     run, case = training(c, folder / "training.png")
     corruptions(case, c, folder / "corruptions.png")
     row, lesions = whole_body(run, case, folder / "body.png")
-    names = {s: f"share_{''.join(map(str, s))}.png" for s in SHARES}
     counts = {s: sum(p.numel() for p in MirrorUNet("v1", share=s).parameters()) for s in SHARES}
     text = PAGE.format(
         shares=", ".join(f"{n / 1e6:.1f} million in all with {list(s)}" for s, n in counts.items()),
-        share_figures="\n\n".join(f"![levels {s}](gallery/{name})" for s, name in names.items()),
+        share_figures="\n\n".join(f"![levels {s}](gallery/{share_file(s)})" for s in SHARES),
         steps=c.steps, batch=c.batch, dice=row["dice"], fpv=row["fpv_ml"],
         found=round(row["lesion_sensitivity"] * row["true_lesions"]), true=row["true_lesions"],
         white=c.suv_window[0], black=np.interp(PET["vmax"], (0, 1), c.suv_window),

@@ -3,7 +3,6 @@
 import ast
 import csv
 import importlib
-import itertools
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from vision import alike
 
 import figures
 import losses
@@ -408,34 +408,7 @@ def test_the_training_of_notebook_4_may_have_more_steps_than_before():
 
 
 # ------------------------------------------------------------------------------------------ colors
-# What the three kinds of color blindness see, of linear RGB (Machado, Oliveira, Fernandes 2009).
-BLINDNESS = {
-    "protan": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
-    "deutan": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
-    "tritan": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
-}
-XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 HEX = r"#[0-9a-fA-F]{6}"
-
-
-def lab(color: str, kind: str) -> np.ndarray:
-    """CIE L*, a*, b* of a color such as #0072B2, as people of that kind see it."""
-    rgb = np.array([int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(np.array(BLINDNESS[kind]) @ linear, 0, 1)
-    t = XYZ @ seen / XYZ.sum(1)
-    x, y, z = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-def confusable(colors: set[str], least: float = 20) -> list[str]:
-    """Pairs of colors that are closer than `least` to someone."""
-    return [
-        f"{a} and {b}: {distance:.0f} ({kind})"
-        for a, b in itertools.combinations(sorted(colors), 2)
-        for kind in BLINDNESS
-        if (distance := np.linalg.norm(lab(a, kind) - lab(b, kind))) < least
-    ]
 
 
 def colors_of(cells: list) -> list[tuple[str, set[str]]]:
@@ -465,9 +438,9 @@ def colors_of(cells: list) -> list[tuple[str, set[str]]]:
 
 
 def test_colors_that_someone_confuses_are_found():
-    assert confusable({"#D62728", "#2CA02C"})  # matplotlib's red and green
-    assert confusable({"#0072B2", "#009E73"})  # blue and green of Okabe and Ito: tritan
-    assert not confusable({"#56B4E9", "#D55E00", "#F0E442"})
+    assert alike({"#D62728", "#2CA02C"})  # matplotlib's red and green
+    assert alike({"#0072B2", "#009E73"})  # blue and green of Okabe and Ito: tritan
+    assert not alike({"#56B4E9", "#D55E00", "#F0E442"})
     first = nbformat.v4.new_code_cell("A, B = '#0072B2', '#009E73'\nC = A")
     cell = nbformat.v4.new_code_cell("plot(A, color=C)\nplot('#123456', figures.INK)")
     ((_, used),) = colors_of([first, cell])
@@ -478,7 +451,7 @@ def test_colors_that_someone_confuses_are_found():
 def test_nobody_confuses_the_colors_of_a_cell(source):
     cells = [cell for cell in notebook_of(source).cells if cell.cell_type == "code"]
     for text, used in colors_of(cells):
-        assert not confusable(used), text
+        assert not alike(used), text
 
 
 # ------------------------------------------------------------------------------------------ slices
