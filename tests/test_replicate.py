@@ -114,7 +114,7 @@ OLD = " -- " + " ".join(as_argument(name, value) for name, value in BEFORE.items
     "source,command,runs",
     [
         ("petct", "--claims 1 2 3 4 5 8 --root x", 101),
-        ("phantom", "--claims 9 -- --lr 2e-3 --threshold 0.4", 10),  # the preset's, then
+        ("phantom", "--claims 9 -- --lr 2e-3 --threshold 0.4 --batch 2 --steps 900", 10),  # then
         ("brain", "--claims 6", 19),
     ],
 )
