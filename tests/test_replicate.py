@@ -26,6 +26,7 @@ from files import UserError
 from mirror_unet import MirrorOutput
 
 TINY = "--phantoms 6 --spacing 10 10 10 --patch 32 32 32 --channels 2 3 4 5 6 --folds 2".split()
+TINY += ["--batch", "2"]
 FOLDS = [[["a", "b"], ["c", "d"]], [["c", "d"], ["a", "b"]]]  # [training, held-out] per fold
 FIVE_FOLDS = [[[b for b in "abcde" if b != a], [a]] for a in "abcde"]
 
