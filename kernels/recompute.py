@@ -3,10 +3,9 @@
 A convolution needs its input in its backward pass, so autograd keeps it. But that input is often
 cheap to compute again from tensors that are kept anyway: a norm and PReLU of the previous
 convolution's output, or a concatenation. Such a tensor carries a function, `x.again`, that makes it
-once more, and the convolution keeps that function instead of x. Between forward and backward pass,
-a v3 step at 96^3 then keeps 178 bytes per voxel of the patch instead of 284 (counted by
-tests/test_mirror_unet.py), and pays with one more pass of `norm_act` per unit; on a GPU only its
-last launch, as `y.known` keeps the statistics.
+once more, and the convolution keeps that function instead of x. A v3 step at 96^3 then keeps 178
+bytes per voxel of the patch instead of 284 (counted by tests/test_mirror_unet.py), and pays with
+one launch more per unit, as `y.known` keeps the statistics. A CPU has the memory, and keeps x.
 
 `convolve` also corrects a choice of PyTorch's: on a CPU, most convolutions of a single sample take
 im2col, which is two to four times slower per sample than oneDNN, which larger batches take.
@@ -19,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+DEVICES = {"cuda"}  # whose memory runs short
+
 
 def recomputable(make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """make(*inputs), carrying the call; inputs that are recomputable are then made again, too.
@@ -27,7 +28,7 @@ def recomputable(make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     later call is make(*inputs, **y.known).
     """
     y = make(*inputs)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if y.device.type in DEVICES and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         sources = [getattr(x, "again", lambda x=x: x) for x in inputs]
         known = getattr(y, "known", {})
 

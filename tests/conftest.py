@@ -84,6 +84,12 @@ def one_thread():
 
 
 @pytest.fixture
+def recomputing(monkeypatch):
+    """Compute again in the backward pass what a convolution reads, as on a GPU."""
+    monkeypatch.setattr("kernels.recompute.DEVICES", {"cpu"})
+
+
+@pytest.fixture
 def nothing_said(monkeypatch):
     """Notes are printed once per process: forget those of other tests."""
     import files

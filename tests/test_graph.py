@@ -21,7 +21,7 @@ from mirror_unet import TASKS
 dice_ce_file = importlib.import_module("kernels.dice_ce")
 norm_act_file = importlib.import_module("kernels.norm_act")
 slow = pytest.mark.slow
-pytestmark = slow
+pytestmark = [slow, pytest.mark.usefixtures("recomputing")]  # as on a GPU
 
 
 # ----------------------------------------------------------------------------- rules of a recording

@@ -509,7 +509,15 @@ def plain_call(make, *inputs):
     return make(*inputs)
 
 
-def test_recomputation_keeps_less_and_gives_the_same_gradients(monkeypatch):
+def test_a_cpu_keeps_what_it_computed():
+    assert not hasattr(recomputable(torch.exp, torch.ones(2, requires_grad=True)), "again")
+
+
+def test_recomputation_applies_where_it_is_switched_on(recomputing):
+    assert hasattr(recomputable(torch.exp, torch.ones(2, requires_grad=True)), "again")
+
+
+def test_recomputation_keeps_less_and_gives_the_same_gradients(monkeypatch, recomputing):
     torch.manual_seed(0)
     model = MirrorUNet("v3", channels=(4, 4, 8, 8, 8))
     x = torch.rand(1, 2, 32, 32, 32)
@@ -527,7 +535,9 @@ def test_recomputation_keeps_less_and_gives_the_same_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("side", [48, pytest.param(96, marks=pytest.mark.slow)])
-def test_a_step_keeps_178_bytes_per_voxel_and_284_without_recomputation(side, monkeypatch):
+def test_a_step_keeps_178_bytes_per_voxel_and_284_without_recomputation(
+    side, monkeypatch, recomputing
+):
     """What kernels/recompute.py states, counted over the tensors that a v3 step keeps.
 
     That is what autograd saves between forward and backward, without the parameters, and the
@@ -559,7 +569,7 @@ def test_a_step_keeps_178_bytes_per_voxel_and_284_without_recomputation(side, mo
     assert bytes_per_voxel() == pytest.approx(284, abs=1)
 
 
-def test_a_recomputable_input_of_a_convolution_is_freed_and_its_gradient_correct():
+def test_a_recomputable_input_of_a_convolution_is_freed_and_its_gradient_correct(recomputing):
     x = torch.rand(1, 1, 4, 4, 4, requires_grad=True)
     conv = torch.nn.Conv3d(1, 1, 3)
     y = recomputable(torch.exp, x.clone())
@@ -574,7 +584,7 @@ def test_a_recomputable_input_of_a_convolution_is_freed_and_its_gradient_correct
 @pytest.mark.parametrize("channels,side,stride", [((1, 4), 12, 2), ((8, 8), 6, 1), ((2, 2), 10, 1)])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_single_sample_is_convolved_by_onednn_with_exact_gradients(
-    channels, side, stride, recomputed
+    channels, side, stride, recomputed, recomputing
 ):
     """As in float64, whatever the layout; PyTorch itself would call slow_conv3d (im2col)."""
     torch.manual_seed(0)
