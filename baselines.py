@@ -305,7 +305,7 @@ class Joint(Baseline):
         self.tasks = tasks_of("joint", "petct", tasks)
         self.norm, self.skips = norm, skips
         c4, c5 = channels[3:]
-        encoders = 2 if skips == "both" else 1
+        encoders = 1 if skips == "pet" else 2
         self.ct, self.pet = Encoder(channels, norm), Encoder(channels, norm)
         self.bottleneck = ResidualUnit(2 * c4, c5, norm)
         self.pet_decoder = Decoder(2, channels, norm, in_channels=c5, encoders=encoders)
@@ -314,12 +314,20 @@ class Joint(Baseline):
         if "pet" in self.tasks:
             self.bottleneck_decoder = LightDecoder(1, channels, norm, in_channels=c5)
         self.classifier = CLASSIFIERS[classifier](c5) if "tumor" in self.tasks else None
+        if skips == "gated":  # per level: how much of each CT feature PET and CT let through
+            self.gates = nn.ModuleList(nn.Conv3d(2 * c, c, 1) for c in channels[:4])
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(B, 2, D, H, W) -> bottleneck (B, c5, D/16, ...), CT's skips, the segmentation's."""
         self.check_input(x.shape)
-        ct, pet = self.ct(x[:, 0:1]), self.pet(x[:, 1:2])
-        skips = concatenate_skips(ct, pet) if self.skips == "both" else pet
+        given = x[:, 0:1]
+        if self.skips == "drop" and self.training:  # one patch in four is learned from PET alone
+            given = given * (torch.rand(len(x), 1, 1, 1, 1, device=x.device) >= 0.25)
+        ct, pet = self.ct(given), self.pet(x[:, 1:2])
+        skips = pet if self.skips == "pet" else concatenate_skips(ct, pet)
+        if self.skips == "gated":
+            open_ = [gate(both).sigmoid() for gate, both in zip(self.gates, skips)]
+            skips = concatenate_skips([s * o for s, o in zip(ct, open_)], pet)
         return self.bottleneck(torch.cat([ct[3], pet[3]], dim=1)), ct, skips
 
     def forward(self, x: Tensor) -> Output:
@@ -598,7 +606,7 @@ def build(
         ("norm", norm, NORMS),
         ("classifier", classifier, ("", *CLASSIFIERS)),
         ("tasks", tasks, ("v1", "v2", "v3", "none")),
-        ("skips", skips, ("pet", "both")),
+        ("skips", skips, ("pet", "both", "drop", "gated")),
     ):
         if value not in allowed:
             raise ValueError(f"{option}={value!r}: use one of {', '.join(allowed)}")

@@ -94,6 +94,9 @@ EXPERIMENTS = [
         Experiment(f"joint {s} {t}", "petct", f"--model joint --skips {s} --tasks {t}")
         for s, t in JOINT
     ],
+    Experiment("joint drop", "petct", "--model joint --skips drop --tasks none"),
+    Experiment("joint gated", "petct", "--model joint --skips gated --tasks none"),
+    Experiment("joint anneal", "petct", "--model joint --skips both --tasks v2 --anneal"),
     *[Experiment(m, "phantom", f"--model {m}") for m in ("v2", "v3")],
     *[Experiment(m, "brain", f"--model {m}") for m in BRAIN_SYSTEMS],
 ]
@@ -144,6 +147,7 @@ CLAIMS = [
           beats(["joint pet v2", "joint both v2"], ["mf"])),
     Claim(8, "petct", "ours: reconstruction helps there, too",
           (Order("joint pet v2", "joint pet none"), Order("joint both v2", "joint both none"))),
+    Claim(10, "petct", "ideas", beats(["joint drop", "joint gated", "joint anneal"], ["mf"])),
     Claim(9, "phantom", "ours, with patients without tumor: v3's classifier lowers v2's FPV",
           beats(["v3"], ["v2"], "fpv_ml", "negative_fpv_ml")),
 ]  # fmt: skip

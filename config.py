@@ -79,7 +79,8 @@ class Config:
     # model
     model: str = option("v3", f"v1, v2, v3, v4, or a baseline: {', '.join(baselines.ALL)}")
     tasks: str = choice("v1 v2 v3 none", "joint: the version whose tasks it has")
-    skips: str = choice("pet both", "joint: the encoders whose skips the segmentation takes")
+    skips: str = choice("pet both drop gated", "joint: whose skips the segmentation takes; ideas")
+    anneal: bool = option(False, "let the weight of the reconstruction fall to 0 over the run")
     share: tuple[int, ...] = option(
         (5,), "levels whose weights both branches share; may be empty", choices=(3, 4, 5, 6, 7)
     )

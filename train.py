@@ -350,6 +350,8 @@ class Run:
         """
         inputs = self.prepare(batch)
         row = {"step": self.step + 1, "lr": self.set_rates()}
+        if self.c.anneal:
+            self.loss.lambda_rec = self.c.lambda_rec * (1 - self.progress())
         torch.manual_seed(hash((self.c.random_seed, self.step)) & 0x7FFFFFFF)  # of these alone
         self.model.turn = self.step % 2  # valindria trains the modalities in turns
         numbers = (self.graph or self.learn)(**inputs)
