@@ -565,7 +565,7 @@ def rejection_section(rows: list[dict], picture: Path) -> list[str]:
         if count(mine, "has_tumor") < 2:
             continue
         curves[name] = [(p, *map(bar, rejection(mine, p))) for p in np.linspace(0, 1, 21)]
-        chosen = {f"{p:g}": p for p in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)}
+        chosen = {f"{p:g}": p for p in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)}
         low = threshold_for(mine, ALLOWED)
         chosen[f"{low:.4f}, the highest that loses at most {100 * ALLOWED:g} %"] = low
         for title, p in chosen.items():

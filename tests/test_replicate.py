@@ -108,30 +108,30 @@ def folds_in_results(rows: list[dict]) -> list[list[list[str]]]:
 
 # What newer versions do differently by default.
 BEFORE = {f.name: f.metadata["before"] for f in FIELDS.values() if f.metadata["before"] is not None}
-OLD = " -- " + " ".join(as_argument(name, value) for name, value in BEFORE.items())
+OLD = " ".join(as_argument(name, value) for name, value in BEFORE.items())
 
 
 @pytest.mark.parametrize(
-    "source,command,runs",
+    "source,command,old,runs",
     [
-        ("petct", "--claims 1 2 3 4 5 8 --root x", 101),
-        ("phantom", "--claims 9 -- --lr 2e-3 --threshold 0.4 --batch 2 --steps 900", 10),  # then
-        ("brain", "--claims 6", 19),
+        ("petct", "--claims 1 2 3 4 5 8 --root x", "", (101, 5)),
+        ("phantom", "--claims 9", "--lr 2e-3 --threshold 0.4 --batch 2 --steps 900", (10, 30)),
+        ("brain", "--claims 6", "", (19, 0)),
     ],
 )
-def test_the_finished_runs_of_this_repository_keep_their_keys(source, command, runs, monkeypatch):
-    """If a key changed, hours of finished runs would be repeated."""
+def test_the_finished_runs_of_this_repository_keep_their_keys(
+    source, command, old, runs, monkeypatch
+):
+    """If a key changed, hours of finished runs would be repeated. runs: of old and new networks."""
     rows = read_rows(ROOT / "results" / f"{source}.csv")
     folds = folds_in_results(rows)
     monkeypatch.setattr(replicate, "find_folds", lambda c: folds)
-    old = command + (OLD if "--" not in command.split() else OLD.removeprefix(" --"))
-    planned = {r.key: [r.study, r.experiment.name, r.fold, r.seed] for r in plan(old)}
     finished = {r["run"]: [r["study"], r["system"], int(r["fold"]), int(r["seed"])] for r in rows}
-    assert len(finished) == runs
-    assert {key: planned.get(key) for key in finished} == finished
-    today = plan(command)
-    assert not {r.key for r in today} & set(finished)
-    assert not {r.study for r in today} & {r["study"] for r in rows}
+    plans = plan(f"{command} -- {old} {OLD}"), plan(f"{command} --seeds 0 1 2")
+    planned = [{r.key: [r.study, r.experiment.name, r.fold, r.seed] for r in p} for p in plans]
+    assert not {r.study for r in plans[0]} & {r.study for r in plans[1]}
+    assert {key: (planned[0] | planned[1]).get(key) for key in finished} == finished
+    assert tuple(len(set(found) & set(finished)) for found in planned) == runs
 
 
 # The options of the first version in its order, without those of the machine, by today's names.
