@@ -3,8 +3,8 @@
     python benchmarks/cpu.py [--side 96] [--threads 2] [--repeats 5]
 
 Steps, per sample, forward, loss and backward pass of a v3 at the paper's widths: ours; in the
-release's configuration (batch norm, the loss in eager PyTorch, nothing recomputed, the convolutions
-that PyTorch chooses); and the convolutions of ours alone, each by itself. Times are CPU times of
+release's configuration (batch norm, the loss in eager PyTorch, the convolutions that PyTorch
+chooses); and the convolutions of ours alone, each by itself. Times are CPU times of
 this process, the least of several in turns: other programs disturb them least.
 
 Patches: from a preprocessed study in the page cache, by one core: plain (flips), with the paper's
@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernels
 import losses
-import mirror_unet
 from data import CachedCase
 from mirror_unet import MirrorUNet
 from patches import Augmentation, PatchDataset
@@ -54,14 +53,12 @@ def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
 
 
 def release_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """The same with the eager loss, and without recomputation."""
-    ours = kernels.dice_ce, mirror_unet.recomputable
-    kernels.dice_ce = kernels.dice_ce_ref
-    mirror_unet.recomputable = lambda make, *inputs: make(*inputs)
+    """The same with the eager loss."""
+    ours, kernels.dice_ce = kernels.dice_ce, kernels.dice_ce_ref
     try:
         step(model, batch)
     finally:
-        kernels.dice_ce, mirror_unet.recomputable = ours
+        kernels.dice_ce = ours
 
 
 def convolutions(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Callable[[], None]]:

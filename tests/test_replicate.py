@@ -25,8 +25,9 @@ from config import FIELDS, Config, as_argument, parse_config
 from files import UserError
 from mirror_unet import MirrorOutput
 
-TINY = "--phantoms 6 --spacing 10 10 10 --patch 32 32 32 --channels 2 3 4 5 6 --folds 2".split()
-TINY += ["--batch", "2"]
+TINY = (
+    "--phantoms 6 --spacing 10 10 10 --patch 32 32 32 --channels 2 3 4 5 6 --batch 2 --folds 2"
+).split()
 FOLDS = [[["a", "b"], ["c", "d"]], [["c", "d"], ["a", "b"]]]  # [training, held-out] per fold
 FIVE_FOLDS = [[[b for b in "abcde" if b != a], [a]] for a in "abcde"]
 
@@ -129,6 +130,7 @@ def test_the_finished_runs_of_this_repository_keep_their_keys(
     finished = {r["run"]: [r["study"], r["system"], int(r["fold"]), int(r["seed"])] for r in rows}
     plans = plan(f"{command} -- {old} {OLD}"), plan(f"{command} --seeds 0 1 2")
     planned = [{r.key: [r.study, r.experiment.name, r.fold, r.seed] for r in p} for p in plans]
+    assert not set(planned[0]) & set(planned[1])
     assert not {r.study for r in plans[0]} & {r.study for r in plans[1]}
     assert {key: (planned[0] | planned[1]).get(key) for key in finished} == finished
     assert tuple(len(set(found) & set(finished)) for found in planned) == runs

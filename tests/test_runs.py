@@ -125,8 +125,8 @@ def test_a_run_killed_at_random_moments_logs_the_same_bits(studies, tmp_path, ki
             kill_while_training(process, folder, rng.uniform(0, 0.4))
         process.wait()
         assert process.returncode == -signal.SIGKILL, "the run ended before the kill: lengthen it"
-        in_writing = any(folder.glob(f".{process.pid}.*.last.pt"))
-        assert in_writing or kill % 2 == 0
+        if kill % 2:
+            assert any(folder.glob(f".{process.pid}.*.last.pt"))  # it was in the middle of it
 
     last = call(["--resume", "--out", folder])
     assert last.returncode == 0, last.stderr
