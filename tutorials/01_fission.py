@@ -266,8 +266,7 @@ plt.show()
 # %% [markdown]
 # So sharing the bottleneck leaves the fine levels free, and ties the branches together at the level
 # at which each value sees a large part of the patch. In the paper $L=\{5\}$ is the best choice;
-# other levels, or more of them, are worse. In our own runs, with one seed, sharing all of levels 3
-# to 7 was worse, and the other comparisons are inconclusive
+# other levels, or more of them, are worse. Our own runs do not compare them yet
 # ([claim 3](../results/README.md#the-papers-claims-on-40-real-petct-studies)).
 #
 # ## Four versions

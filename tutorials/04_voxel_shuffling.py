@@ -177,9 +177,9 @@ plt.show()
 # close to the mean of the cube, because it has no information about the arrangement inside a cube.
 # To do better one has to know what belongs there, from the surroundings and from other patients:
 # the wall of a lung is on *this* side, a rib has *that* thickness. The paper reports that shuffling
-# helps the segmentation more than noise, and noise more than no corruption. In our own short runs,
-# with one seed, the three segmentations cannot be distinguished, and the CT is reconstructed best
-# by the network that was trained with noise
+# helps the segmentation more than noise, and noise more than no corruption. In our own short runs
+# on real studies the three segmentations cannot be distinguished, and the network that was trained
+# with noise reconstructs a clean CT worst
 # ([claim 2](../results/README.md#the-papers-claims-on-40-real-petct-studies)).
 #
 # ## A permutation without a table
